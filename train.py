@@ -1,0 +1,1542 @@
+"""The limited track of NanoGPT Slowrun: the lowest validation loss from 100M tokens of FineWeb in one hour on 8xH100.
+
+    python prepare_data.py                                  # once: writes fineweb_data/
+    torchrun --standalone --nproc_per_node=8 train.py       # the current record. Published: 3.183 in 59.3 minutes
+    python train.py --demo                                  # every technique at toy size, on a CPU (data: make demo)
+
+1, 2, 4 or 8 processes compute the same thing: a batch is that of 8 virtual ranks, which the processes share. Every
+field of Config, and of GPTConfig in model.py, is a flag: see --help. A run writes runs/<name>/, and one that was
+stopped or killed goes on with --resume runs/<name>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import resource
+import secrets
+import shutil
+import signal
+import statistics
+import sys
+import time
+import typing
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from model import (
+    GPT,
+    ComputeWeights,
+    GPTConfig,
+    attention_error,
+    build,
+    choose_attention,
+    device_name,
+    draw_dropped,
+    flops_per_token,
+    has_bfloat16,
+    memory_gib,
+    peak_flops,
+    require,
+)
+
+TRACK = "limited"
+SCRIPT_FILES = ("train.py", "model.py")  # what a run folder keeps as code/
+VIRTUAL_RANKS = 8
+
+# ======================================================================================================================
+# Config
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Config(GPTConfig):
+    """How the model is trained. The defaults, with those of GPTConfig in model.py, are the current record."""
+
+    data_dir: str = "fineweb_data"  # folder with fineweb_train.pt, fineweb_val.pt and fineweb_holdout.pt
+    val_sequences: int = 4864  # sequences of the validation set, and of the holdout, that are scored at most
+    num_epochs: int = 11  # passes over the training data
+    batch_tokens: int = 524288  # tokens of an optimizer step
+    micro_batch: int = 4  # sequences of a micro-step of one of the 8 virtual ranks
+    device_batch: int = 0  # sequences of a forward pass: fewer save memory, same mathematics (0: micro_batch)
+    eval_batch: int = 4  # sequences of a forward pass in validation, per process
+    eval_initial: bool = False  # validate before the first step too
+    seed: int = 42  # seed of the initial weights, dropout and stochastic depth; the data order has none
+    time_cap_min: float = 60.0  # minutes of training time (0: no cap, and the run is not eligible)
+    lr_multiplier: float = 0.25  # factor on all learning rates below but mix_lr
+    matrix_lr: float = 0.04  # Muon: all matrices but the tables
+    embedding_lr: float = 0.15  # AdamW: wte
+    head_lr: float = 0.002  # AdamW: lm_head
+    scalar_lr: float = 0.1  # AdamW: x0_lambdas; times 0.01, resid_lambdas and skip_weights
+    mix_lr: float = 0.02  # AdamW: q_mix, k_mix, v_mix
+    weight_decay: float = 1.3  # of matrices and tables, before its schedule
+    warmdown: float = 0.2  # part of the steps, at the end, over which the learning rate falls as a square root
+    swa_epochs: int = 3  # last epochs, with a cyclic learning rate (0: none)
+    readout_epochs: int = 3  # last epochs, whose final weights are averaged in probability with weights 1:2:3...
+    replay_from_epoch: int = 7  # first epoch with layer replay (0: never)
+    meta_gradient: bool = True  # take the second half of a gradient at a point moved down the first half's
+    meta_step: float = 0.5  # length of that move, before the warmdown
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA where there is a GPU
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the GPU has it
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
+    checkpoint_min: float = 10.0  # minutes between checkpoints, besides those at the ends of epochs
+    log_every: int = 10  # steps between printed lines
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: where WANDB_API_KEY is set
+    runs_dir: str = "runs"  # where run folders are made
+    run_name: str = ""  # name of the run folder (empty: track, time and seed)
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
+        positive.append("log_every")
+        for name in [*positive, "device_batch", "swa_epochs", "replay_from_epoch", "time_cap_min", "meta_step", "seed"]:
+            value, least = getattr(self, name), 1 if name in positive else 0
+            require(value >= least, f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+        group = VIRTUAL_RANKS * self.micro_batch * self.sequence_len
+        require(
+            self.batch_tokens % group == 0,
+            f"batch_tokens {self.batch_tokens} is not a multiple of {VIRTUAL_RANKS} virtual ranks x micro_batch "
+            f"{self.micro_batch} x sequence_len {self.sequence_len} = {group}: change --batch-tokens",
+        )
+        require(
+            self.micro_batch % (self.device_batch or self.micro_batch) == 0,
+            f"device_batch {self.device_batch} does not divide micro_batch {self.micro_batch}",
+        )
+        require(
+            not self.meta_gradient or (self.micro_batch if self.micro_steps == 1 else self.micro_steps) % 2 == 0,
+            f"the meta-gradient cannot halve {self.micro_steps} micro-step(s) of {self.micro_batch} sequences: make "
+            "them even with --batch-tokens or --micro-batch, or give --no-meta-gradient",
+        )
+        for name in ("swa_epochs", "readout_epochs"):
+            require(getattr(self, name) <= self.num_epochs, f"{name} exceeds num_epochs {self.num_epochs}")
+        require(0 <= self.warmdown <= 1, f"warmdown {self.warmdown} is not in [0, 1]")
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps of a virtual rank in an optimizer step."""
+        return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
+
+
+DEMO = {  # --demo: every technique, at a size that two CPU cores train in about two minutes
+    "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
+    "replay_start": 2, "replay_end": 3, "replay_loops": 2, "replay_from_epoch": 4, "stochastic_depth": 0.05,
+    "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 4, "eval_batch": 16, "val_sequences": 496,
+    "lr_multiplier": 1.0, "weight_decay": 0.3, "compile": "off", "eval_initial": True, "log_every": 10,
+}  # fmt: skip
+RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
+    """Command line -> (fields of Config that were given, run folder to resume or None).
+
+    Every field is a flag with its comment as help text. --demo stands for the values in DEMO, which flags override.
+    """
+    comments = {}
+    for cls in reversed(Config.__mro__[:-1]):
+        comments |= dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--demo", action="store_true", help="toy size, for a CPU (data: make demo)")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
+    for name, hint in typing.get_type_hints(Config).items():
+        default, text = getattr(Config, name), comments[name].replace("%", "%%")
+        kind = {"type": hint, "metavar": getattr(hint, "__name__", "")}
+        if hint is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(hint) is Literal:
+            kind = {"choices": typing.get_args(hint)}
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, help=f"{text} [{default}]", default=argparse.SUPPRESS, **kind)
+    given = vars(parser.parse_args(argv))
+    demo, resume = given.pop("demo"), given.pop("resume")
+    return (DEMO | given if demo else given), resume
+
+
+# ======================================================================================================================
+# Distributed
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. Their small agreements go through the CPU, so that no GPU waits for them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def virtual_ranks(self) -> range:
+        """The virtual ranks that this process plays."""
+        share = VIRTUAL_RANKS // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over the processes in float64, the same in all of them. Serves as a barrier too."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def share(self, function, *args):
+        """Call the function in the main process; all return its result, or it raises its error and the others exit."""
+        outcome = [None, None]
+        if self.main:
+            try:
+                outcome[0] = function(*args)
+            except (ValueError, OSError) as error:
+                outcome[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1]) if self.main else SystemExit(2)
+        return outcome[0]
+
+
+def set_up_world(device: str) -> World:
+    """Join the process group that torchrun describes (nccl and gloo on CUDA, gloo on a CPU); alone without torchrun."""
+    rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    require(VIRTUAL_RANKS % size == 0, f"{size} processes cannot share {VIRTUAL_RANKS} virtual ranks: run 1, 2, 4 or 8")
+    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+    require(cuda or device != "cuda", "--device cuda: torch finds no CUDA GPU here")
+    cuda = cuda and device != "cpu"
+    require(not cuda or local_rank < gpus, f"process {local_rank} has no GPU: use --nproc_per_node={gpus} or fewer")
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return World(rank, size, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+
+
+# ======================================================================================================================
+# Model: in model.py
+# ======================================================================================================================
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Of the forward and backward pass: bfloat16 where the GPU has it, else float32, unless --dtype says."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+def check_memory(config: Config, world: World) -> float:
+    """Refuse a model that cannot fit, before anything is allocated -> estimated GiB per process."""
+    rows, dtype = config.device_batch or config.micro_batch, compute_dtype(config, world.device)
+    replay = config.replay_from_epoch > 0
+    total, static, needed = memory_gib(config, world.size, rows, dtype, config.meta_gradient, replay)
+    said = f"{total / 1e6:,.0f}M parameters need {static:.0f} GiB per process for weights, gradients and optimizer"
+    if world.cuda:
+        there = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+        require(static < there, f"{said}, and the GPU has {there:.0f} GiB: use more or larger GPUs, or a smaller model")
+        return needed
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    said += f", about {needed:.0f} GiB with activations; this machine has {there:.0f} GiB and no GPU in use"
+    instead = "train it on 8xH100 or one GPU of 80 GiB, or see every technique at toy size with: make demo"
+    require(needed * world.size < there, f"{said}: {instead}")
+    require(total < 1e8 or config.device == "cpu", f"{said}: {instead}. It fits, so --device cpu trains it, slowly")
+    return needed
+
+
+# ======================================================================================================================
+# Optimizer
+# ======================================================================================================================
+
+# torch 2.13 renamed these
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+POLAR_EXPRESS = (  # coefficients of the five steps
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
+    """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor)."""
+    lr, decay, betas = config.lr_multiplier, config.weight_decay, (0.8, 0.95)
+    mixes = [name for name in names if name.endswith("_mix")]
+    table = [  # method, parameters, learning rate, weight decay, betas
+        ("adamw", ["lm_head.weight"], config.head_lr * lr, decay, betas),
+        ("adamw", ["transformer.wte.weight"], config.embedding_lr * lr, decay, betas),
+        ("adamw", ["resid_lambdas", "skip_weights"], config.scalar_lr * lr * 0.01, 0.0, betas),
+        ("adamw", ["x0_lambdas"], config.scalar_lr * lr, 0.0, (0.96, 0.95)),
+        ("adamw", mixes, config.mix_lr, 0.0, betas),
+    ]
+    taken = {name for row in table for name in row[1]}
+    table.append(("muon", [name for name in names if name not in taken], config.matrix_lr * lr, decay, ()))
+    return [dict(zip(("kind", "params", "lr", "weight_decay", "betas"), row, strict=True)) for row in table]
+
+
+def polar_express(x: Tensor) -> Tensor:
+    """Approximately the orthogonal factor of each matrix (arXiv 2505.16932): (n, rows, cols) -> the same."""
+    tall = x.size(-2) > x.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = b * gram + c * (gram @ gram)
+        x = a * x + (x @ polynomial if tall else polynomial @ x)
+    return x
+
+
+def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
+    """A Muon step, in place: the momentum, made orthogonal, evened out over rows (or columns); cautious weight decay.
+
+    p, grad, momentum (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay, mu () float64; dtype
+    is that of the orthogonalisation. Row norms: MuonEq-R (arXiv 2603.28254). Variance: NorMuon (arXiv 2510.05491).
+    """
+    momentum.copy_(mu * momentum + (1 - mu) * grad)
+    u = (1 - mu) * grad + mu * momentum  # Nesterov
+    u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    u = u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    x = polar_express(u.to(dtype)).to(p.dtype)
+    variance = x.square().mean(dim=-1 if x.size(-2) >= x.size(-1) else -2, keepdim=True)
+    second.copy_(0.95 * second + 0.05 * variance)
+    scale = second.clamp_min(1e-10).rsqrt()
+    norms = [v.sum(dim=(-2, -1), keepdim=True).sqrt() for v in (variance, variance * scale * scale)]
+    x = x * (scale * norms[0] / norms[1].clamp_min(1e-10))  # keeps the Frobenius norm
+    p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
+
+
+def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, step) -> None:
+    """An AdamW step, in place (arXiv 1711.05101): arguments (n,) or (), `step` counted from 1. It decays first."""
+    exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * grad)
+    exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * grad.square())
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + 1e-10
+    p.copy_(p.to(grad.dtype) * (1 - lr * weight_decay) - lr * (exp_avg / (1 - beta1**step)) / denominator)
+
+
+class Bucket:
+    """Parameters with a common buffer of values and one of gradients, of which each process owns an equal part.
+
+    "muon": matrices of one shape, (n, rows, cols), matrix i owned by process i mod world size. "adamw": tensors of one
+    dtype, flattened, (n,). The parameters' data and .grad are views of the buffers, so nothing is stacked or copied for
+    communication. Gradients and state are float32 or wider, whatever the values are.
+    """
+
+    def __init__(self, params: dict[str, torch.nn.Parameter], group: dict, world: World):
+        self.params, self.group, self.kind, self.world, self.probe = params, group, group["kind"], world, None
+        first, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
+        if self.kind == "muon":
+            share, item = math.ceil(len(params) / world.size), first.shape
+            starts, sizes = [i % world.size * share + i // world.size for i in range(len(params))], [1] * len(params)
+        else:
+            share, item = math.ceil(sum(sizes) / world.size), ()
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.spans = {name: slice(a, a + n) for name, a, n in zip(params, starts, sizes, strict=True)}
+        self.own = slice(world.rank * share, (world.rank + 1) * share)
+        self.values = torch.zeros(share * world.size, *item, dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros_like(self.values, dtype=torch.promote_types(first.dtype, torch.float32))
+        for name, p in params.items():
+            self.view(self.values, name).copy_(p.detach())
+            p.grad_dtype = self.grads.dtype
+        self.use(self.values, self.grads)
+        own = self.grads[self.own]
+        if self.kind == "muon":
+            second = own.mean(-1 if item[0] >= item[1] else -2, keepdim=True)
+            self.state = {"momentum": torch.zeros_like(own), "second": torch.zeros_like(second)}
+            self.lr = group["lr"] * math.sqrt(max(1, item[0] / item[1]))
+        else:
+            self.state = {"exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)}
+            self.lr = group["lr"]
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """A parameter's part of a buffer, in its shape or that of its state."""
+        part = buffer[self.spans[name]]
+        return part[0] if self.kind == "muon" else part.view(self.params[name].shape)
+
+    def use(self, values: Tensor, grads: Tensor) -> None:
+        """Let the parameters' data and gradients be views of these buffers."""
+        for name, p in self.params.items():
+            p.data, p.grad = self.view(values, name), self.view(grads, name)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The parts of all processes together; collective."""
+        buffer = part.new_empty(part.size(0) * self.world.size, *part.shape[1:])
+        if self.world.size > 1:
+            all_gather(buffer, part)
+        return buffer if self.world.size > 1 else part
+
+
+class MuonAdamW:
+    """Muon for matrices, AdamW for tables and scalars, with the state sharded over the processes.
+
+    As in ZeRO-2 (arXiv 1910.02054), every process holds all weights and gradients but the optimizer state of its part
+    alone. A step starts to sum the gradients of all buckets onto their owners, then for each bucket in turn waits,
+    updates the own part and starts to gather the result: communication overlaps with the updates.
+    """
+
+    def __init__(self, model: GPT, groups: list[dict], world: World, dtype: torch.dtype, compile: bool = False):
+        params = dict(model.named_parameters())
+        assert sorted(n for g in groups for n in g["params"]) == sorted(params), "each parameter must be in one group"
+        self.buckets: list[Bucket] = []
+        for group in groups:  # a bucket for each group of AdamW, for each shape of Muon
+            shapes = sorted({params[name].shape if group["kind"] == "muon" else () for name in group["params"]})
+            for shape in shapes:
+                names = [name for name in group["params"] if shape in (params[name].shape, ())]
+                self.buckets.append(Bucket({name: params[name] for name in names}, group, world))
+        self.buckets.sort(key=lambda bucket: -bucket.values.numel())
+        self.matrices = [bucket for bucket in self.buckets if bucket.kind == "muon"]
+        self.world, self.dtype, self.steps = world, dtype, 0
+        self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
+
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float, mu: float) -> None:
+        """Update the parameters from their gradients, and clear these. lr and weight_decay multiply the table's."""
+        self.steps += 1
+        lr, decay, mu, step = (torch.tensor(value, dtype=torch.float64) for value in (lr, weight_decay, mu, self.steps))
+        parts, sums, gathers = [bucket.grads[bucket.own] for bucket in self.buckets], [], []
+        if self.world.size > 1:
+            parts = [torch.empty_like(part) for part in parts]
+            for part, bucket in zip(parts, self.buckets, strict=True):
+                sums.append(reduce_scatter(part, bucket.grads, async_op=True))
+        for i, bucket in enumerate(self.buckets):
+            if sums:
+                sums[i].wait()
+            own, rates = bucket.values[bucket.own], (bucket.lr * lr, bucket.group["weight_decay"] * decay)
+            if bucket.kind == "muon":
+                self.muon_update(own, parts[i], *bucket.state.values(), *rates, mu, self.dtype)
+            else:
+                adamw_update(own, parts[i], *bucket.state.values(), *rates, *bucket.group["betas"], step)
+            if sums:
+                gathers.append(all_gather(bucket.values, own, async_op=True))
+        for gather in gathers:
+            gather.wait()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for bucket in self.buckets:
+            bucket.grads.zero_()
+
+    def broadcast_values(self) -> None:
+        """Give all processes the parameters of the main one; collective."""
+        for bucket in self.buckets if self.world.size > 1 else ():
+            dist.broadcast(bucket.values, src=0)
+
+    def state_dict(self) -> dict:
+        """The whole state by parameter, on the CPU, whatever the number of processes; collective, empty but in main."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for bucket in self.buckets:
+            for key, part in bucket.state.items():
+                whole = bucket.whole(part)
+                for name in bucket.params if self.world.main else ():
+                    state.setdefault(name, {})[key] = bucket.view(whole, name).to("cpu", copy=True)
+        return {"steps": self.steps, "state": state} if self.world.main else {}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Take up a state_dict of the main process, written by any number of processes; collective."""
+        self.steps = self.world.share(lambda: saved["steps"])
+        for bucket in self.buckets:
+            for key, part in bucket.state.items():
+                whole = part.new_zeros(part.size(0) * self.world.size, *part.shape[1:])
+                for name in bucket.params if self.world.main else ():
+                    bucket.view(whole, name).copy_(saved["state"][name][key])
+                if self.world.size > 1:
+                    dist.broadcast(whole, src=0)
+                part.copy_(whole[bucket.own])
+
+
+@torch.no_grad()
+def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, first, second, eta: float) -> None:
+    """Add the gradient of a virtual rank to the parameters' .grad, with the meta-gradient step.
+
+    first() and second() run forward and backward over half of its micro-steps each, into the gradients of `weights`.
+    For second the Muon matrices are moved by eta down the first half's gradient (one norm over all of them). The moved
+    point is made from the float32 masters and rounded once; the masters are never written to.
+    """
+    matrices = optimizer.matrices
+    for bucket in matrices:
+        bucket.probe = torch.zeros_like(bucket.grads) if bucket.probe is None else bucket.probe.zero_()
+        bucket.use(bucket.values, bucket.probe)
+    weights.refresh()
+    with torch.enable_grad():
+        first()
+    weights.pull_back()
+    length = torch.stack([bucket.probe.norm() for bucket in matrices]).norm().clamp_min(1e-30)
+    for bucket in matrices:
+        bucket.grads.add_(bucket.probe)
+        bucket.use(bucket.probe.mul_(-eta / length).add_(bucket.values), bucket.grads)
+    weights.refresh()
+    with torch.enable_grad():
+        second()
+    weights.pull_back()
+    for bucket in matrices:
+        bucket.use(bucket.values, bucket.grads)
+
+
+# ======================================================================================================================
+# Schedules: pure functions of the config, the step (from 0) and the number of steps
+# ======================================================================================================================
+
+
+def warmdown(config: Config, step: int, num_steps: int) -> float:
+    """1, then falling to 0 as a square root over the last part of the run."""
+    length = round(config.warmdown * num_steps)
+    return 1.0 if step < num_steps - length else math.sqrt((num_steps - step) / length)
+
+
+def swa_cycle(config: Config, step: int, num_steps: int) -> float | None:
+    """Position, 0 to 1, in the epoch-long cycles of stochastic weight averaging (arXiv 1803.05407); None before."""
+    epoch_steps = num_steps / config.num_epochs
+    start = num_steps - config.swa_epochs * epoch_steps
+    return (step - start) / epoch_steps % 1.0 if step >= start else None
+
+
+def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
+    """The warmdown; in the cycles, half a cosine from there to 0.05."""
+    level, cycle = warmdown(config, step, num_steps), swa_cycle(config, step, num_steps)
+    return level if cycle is None else 0.05 + (max(level, 0.05) - 0.05) * (1 + math.cos(math.pi * cycle)) / 2
+
+
+def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
+    """1 for 40% of the steps, then linear to 0.65 where the cycles begin; in each cycle linear from 0.65 to 1.5."""
+    cycle = swa_cycle(config, step, num_steps)
+    if cycle is not None:
+        return 0.65 + (1.5 - 0.65) * cycle
+    hold, end = 0.4 * num_steps, num_steps * (1 - config.swa_epochs / config.num_epochs)
+    return 1.0 - (1.0 - 0.65) * (step - hold) / (end - hold) if step > hold else 1.0
+
+
+def muon_momentum(step: int) -> float:
+    """Linear from 0.85 to 0.95 over the first 300 steps."""
+    return 0.85 + 0.1 * min(step / 300, 1.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the config and the number of training sequences of T + 1 tokens."""
+
+    config: Config
+    num_sequences: int
+
+    def __post_init__(self):
+        c, needed = self.config, 2 * self.config.batch_tokens // self.config.sequence_len
+        require(
+            self.epoch_micro_steps >= 2 * c.micro_steps,
+            f"the training data makes {self.num_sequences} sequences of {c.sequence_len} + 1 tokens, an epoch needs "
+            f"{needed}, two optimizer steps: use more data, or lower --batch-tokens or --sequence-len",
+        )
+
+    @property
+    def epoch_micro_steps(self) -> int:
+        """Micro-steps in an epoch; what does not fill one, of all virtual ranks, is left out."""
+        return self.num_sequences // (VIRTUAL_RANKS * self.config.micro_batch)
+
+    @property
+    def num_steps(self) -> int:
+        c = self.config
+        epoch_tokens = self.epoch_micro_steps * VIRTUAL_RANKS * c.micro_batch * c.sequence_len
+        return round(epoch_tokens * c.num_epochs / c.batch_tokens)
+
+    def epochs_done(self, step: int) -> int:
+        """Epochs of which all micro-steps are done after `step` optimizer steps; the last step ends the last epoch."""
+        done = step * self.config.micro_steps // self.epoch_micro_steps
+        return done if step < self.num_steps else self.config.num_epochs
+
+
+def stage(plan: Plan, step: int) -> dict:
+    """What switches at the ends of epochs, as keyword arguments of the model: here, layer replay."""
+    return {"replay": 0 < plan.config.replay_from_epoch <= plan.epochs_done(step) + 1}
+
+
+def schedule(plan: Plan, step: int) -> dict[str, float]:
+    """The values of all schedules at a step."""
+    c, N = plan.config, plan.num_steps
+    return {
+        "lr": lr_multiplier(c, step, N),
+        "weight_decay": weight_decay_multiplier(c, step, N),
+        "momentum": muon_momentum(step),
+        "meta_step": c.meta_step * warmdown(c, step, N) if c.meta_gradient else 0.0,
+    }
+
+
+# ======================================================================================================================
+# Data
+# ======================================================================================================================
+
+SEQ_SHUFFLE_SEEDS = {"val": 42, "train": 43, "holdout": 44}
+OFFICIAL_SHA256 = {  # the identity of the benchmark
+    "val": "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
+    "train": "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A split: tokens uint16 (n,), offsets of documents' BOS int64 (documents,), seed of the fixed order, file hash."""
+
+    tokens: np.ndarray
+    doc_starts: np.ndarray
+    seq_shuffle_seed: int
+    sha256: str
+
+    def sequences(self, length: int, tokens: np.ndarray | None = None) -> np.ndarray:
+        """The tokens (or those given, in another order) cut into sequences (n, length); the tail is dropped."""
+        tokens = self.tokens if tokens is None else tokens
+        return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_meta(data_dir: str) -> dict | None:
+    """meta.json, which prepare_data.py writes beside the shards; None where the original project's files have none."""
+    path, keys = Path(data_dir) / "meta.json", {"source", "tokenizer", "vocab_size", "splits", "token_bytes"}
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads(path.read_text())
+        require(keys <= meta.keys(), f"it lacks {', '.join(keys - meta.keys())}")
+        return meta
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): prepare the data again with prepare_data.py") from None
+
+
+def load_shard(split: str, config: Config) -> Shard:
+    """Read a split and check all that can be wrong with it."""
+    path, again = Path(config.data_dir) / f"fineweb_{split}.pt", "run python prepare_data.py (--help: other data)"
+    require(path.exists(), f"{path} not found: {again}")
+    sha256, meta = sha256_file(path), read_meta(config.data_dir)
+    noted = meta["splits"].get(split, {}).get("sha256") if meta else sha256
+    differ = f"its SHA-256 is {sha256[:12]}..., in meta.json {str(noted)[:12]}..."
+    require(sha256 == noted, f"{path} is damaged: {differ}: {again}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tokens, starts = content["tokens"].numpy(), content["doc_starts"].numpy()
+        bos, seed = content["bos_id"], content["seq_shuffle_seed"]
+        sound = tokens.dtype == np.uint16 and starts.dtype == np.int64 and len(tokens) > starts.max() and starts[0] == 0
+        sound = sound and (np.diff(starts) > 0).all() and (tokens[starts] == bos).all()
+    except Exception as error:  # a damaged archive fails in many ways
+        raise ValueError(f"{path} is truncated or damaged ({type(error).__name__}): {again}") from None
+    require(sound, f"{path} is damaged: its documents do not each start with the BOS {bos}: {again}")
+    kind = {s: name for name, s in SEQ_SHUFFLE_SEEDS.items()}.get(seed, "unknown")
+    require(kind == split, f"{path} holds the {kind} split (seq_shuffle_seed {seed}), not {split}: {again}")
+    require(
+        bos == config.vocab_size - 1 and tokens.max() <= bos,
+        f"{path} is of another tokenizer: its BOS is {bos} and its largest token {tokens.max()}, but vocab_size "
+        f"{config.vocab_size} means {config.vocab_size - 1}: change --data-dir or --vocab-size",
+    )
+    length = config.sequence_len + 1
+    require(len(tokens) >= length, f"{path} has {len(tokens)} tokens, a sequence needs {length}: lower --sequence-len")
+    return Shard(tokens, starts, seed, sha256)
+
+
+def load_data(config: Config) -> dict[str, Shard]:
+    """All splits; the holdout may be missing, as the original project's files have none."""
+    splits = ["train", "val"] + ["holdout"] * (Path(config.data_dir) / "fineweb_holdout.pt").exists()
+    return {split: load_shard(split, config) for split in splits}
+
+
+def token_byte_lengths(config: Config) -> tuple[Tensor | None, str]:
+    """(Bytes of every token (V,) int64, 0 for the BOS; where they are from). None without meta.json and tiktoken."""
+    meta, origin = read_meta(config.data_dir), "meta.json"
+    if meta is not None:
+        lengths = meta["token_bytes"]
+    else:
+        try:
+            import tiktoken
+
+            encoding, origin = tiktoken.get_encoding("gpt2"), "tiktoken"
+            lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(50256)] + [0]
+        except Exception as error:  # not installed, or its vocabulary cannot be downloaded
+            return None, f"left out: no meta.json beside the shards, and tiktoken fails ({type(error).__name__})"
+    V = config.vocab_size
+    require(len(lengths) == V, f"{origin} has the bytes of {len(lengths)} tokens, not of {V}: change --vocab-size")
+    return torch.tensor(lengths), origin
+
+
+class TrainLoader:
+    """The training sequences in the benchmark's global order, which does not depend on the number of processes.
+
+    Epoch 1 has the documents in file order, each later one permutes the order of the one before. Its documents are cut
+    into sequences of T + 1 tokens, which are permuted in turn. A thread makes an epoch (2 bytes a token) while the one
+    before is trained on.
+    """
+
+    def __init__(self, shard: Shard, plan: Plan, virtual_ranks: range):
+        self.shard, self.plan, self.virtual_ranks = shard, plan, virtual_ranks
+        self.order, self.order_epoch = np.arange(len(shard.doc_starts)), 1  # of the documents; belongs to the thread
+        self.epochs: dict[int, Future] = {}
+        self.submitted, self.thread = 0, ThreadPoolExecutor(1)
+
+    def make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Runs in the thread -> sequences (n, T + 1) uint16 and the order (n,) in which the epoch takes them."""
+        tokens, starts = self.shard.tokens, self.shard.doc_starts
+        while self.order_epoch < epoch:
+            self.order_epoch += 1
+            generator = torch.Generator().manual_seed(self.order_epoch)
+            self.order = self.order[torch.randperm(len(starts), generator=generator).numpy()]
+        if epoch > 1:
+            ends, shuffled, used = np.append(starts[1:], len(tokens)), np.empty_like(tokens), 0
+            for part in np.array_split(self.order, math.ceil(len(starts) / 1024)):
+                documents = [tokens[a:b] for a, b in zip(starts[part].tolist(), ends[part].tolist(), strict=True)]
+                size = sum(map(len, documents))
+                np.concatenate(documents, out=shuffled[used : used + size])
+                used += size
+            tokens = shuffled
+        sequences = self.shard.sequences(self.plan.config.sequence_len + 1, tokens)
+        generator = torch.Generator().manual_seed(epoch + 1000)
+        return sequences, torch.randperm(len(sequences), generator=generator).numpy()
+
+    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch, from 1; starts making the next."""
+        for number in range(max(self.submitted + 1, epoch), epoch + 2):
+            self.epochs[number], self.submitted = self.thread.submit(self.make_epoch, number), number
+        return self.epochs[epoch].result()
+
+    def batch(self, step: int) -> np.ndarray:
+        """An optimizer step's sequences for this process: (virtual ranks, micro-steps, micro-batch, T + 1) uint16."""
+        size, per_epoch = self.plan.config.micro_batch, self.plan.epoch_micro_steps
+        first, last = (s * self.plan.config.micro_steps for s in (step, step + 1))
+        rows: list[list[np.ndarray]] = [[] for _ in self.virtual_ranks]
+        for micro_step in range(first, last):
+            sequences, order = self.epoch(micro_step // per_epoch + 1)
+            for v, out in zip(self.virtual_ranks, rows, strict=True):
+                start = (VIRTUAL_RANKS * (micro_step % per_epoch) + v) * size
+                out.append(sequences[order[start : start + size]])
+        for done in [epoch for epoch in self.epochs if epoch <= last // per_epoch]:
+            del self.epochs[done]
+        return np.array(rows)
+
+
+# ======================================================================================================================
+# Validation
+# ======================================================================================================================
+
+MIXING = "probability"  # how the readout mixes its members: it averages their probabilities
+EFFICIENCY = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000, 3.046), (2000, 2.892))  # M tokens, loss
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean nats per target; bits per byte of text, None where the bytes are not known; how many of both."""
+
+    loss: float
+    bpb: float | None
+    tokens: int
+    bytes: int
+
+
+class EvalSet:
+    """A split to score: this process' sequences (n, T + 1) int64, and the bytes (n, T) of their targets."""
+
+    def __init__(self, shard: Shard, config: Config, world: World, byte_lengths: Tensor | None):
+        sequences = shard.sequences(config.sequence_len + 1)
+        order = np.random.RandomState(shard.seq_shuffle_seed).permutation(len(sequences))[: config.val_sequences]
+        self.world, self.batch, self.sequences = world, config.eval_batch, sequences[order[world.rank :: world.size]]
+        self.sequences = torch.from_numpy(self.sequences.astype(np.int64))
+        self.bytes = byte_lengths[self.sequences[:, 1:]] if byte_lengths is not None else None
+
+    @torch.no_grad()
+    def nats(self, token_losses) -> Tensor:
+        """token_losses: 2 x (B, T) -> (B, T); run over all sequences -> (n, T) float64 on the CPU, nats per target.
+
+        All batches have one shape: the last is filled up with copies of a sequence, which are not scored.
+        """
+        results = [torch.empty(0, self.sequences.size(1) - 1, dtype=torch.float64)]
+        for rows in self.sequences.split(self.batch):
+            batch = torch.cat([rows, rows[:1].expand(self.batch - len(rows), -1)]).to(self.world.device)
+            results.append(token_losses(batch[:, :-1], batch[:, 1:])[: len(rows)].double().cpu())
+        return torch.cat(results)
+
+    def score(self, nats: Tensor) -> Score:
+        """Mean over the targets of all processes, accumulated in float64."""
+        sums = [nats.sum().item(), nats.numel(), 0, 0]
+        if self.bytes is not None:
+            sums[2:] = [(nats * (self.bytes > 0)).sum().item(), self.bytes.sum().item()]
+        total, tokens, text_nats, text_bytes = self.world.sum(sums)
+        bpb = text_nats / math.log(2) / text_bytes if text_bytes else None
+        return Score(total / tokens, bpb, int(tokens), int(text_bytes))
+
+
+def data_efficiency(loss: float) -> float | str:
+    """How many times 100M tokens a standard pretraining run needs for this loss; a bound outside of the known range."""
+    if loss > EFFICIENCY[0][1]:
+        return "< 2x"
+    for (tokens_a, loss_a), (tokens_b, loss_b) in pairwise(EFFICIENCY):
+        if loss >= loss_b:
+            return round((tokens_a + (loss_a - loss) / (loss_a - loss_b) * (tokens_b - tokens_a)) / 100, 4)
+    return "> 20x"
+
+
+def mix(nats: list[Tensor], weights: list[float]) -> Tensor:
+    """Nats of the members' averaged probabilities: -log(sum_i w_i exp(-nats_i) / sum_i w_i)."""
+    logs = [math.log(weight / sum(weights)) - member for weight, member in zip(weights, nats, strict=True)]
+    return -torch.logsumexp(torch.stack(logs), dim=0)
+
+
+def load_members(run_dir: str | Path, device: str | torch.device):
+    """The members of a finished run's readout, loaded one at a time: yields (weight, log_probs).
+
+    log_probs maps tokens (B, T) int64 to log-probabilities of the next token (B, T, V) float32, until the next member
+    is loaded. The weights sum to 1, and MIXING says how the members are mixed.
+    """
+    run_dir, device = Path(run_dir), torch.device(device)
+    config = Config(**json.loads((run_dir / "config.json").read_text())["config"])
+    final = json.loads((run_dir / "final" / "members.json").read_text())
+    dtype = compute_dtype(config, device)
+    model = build(config, device, dtype, choose_attention("auto", device, dtype)).eval()
+    weights = ComputeWeights(model, dtype, requires_grad=False)
+
+    @torch.no_grad()
+    def log_probs(tokens: Tensor) -> Tensor:
+        return model.log_probs(tokens.to(device), weights.tensors, **final["stage"]).float()
+
+    for member in final["members"]:
+        model.load_state_dict(load_file(run_dir / "final" / member["file"]))
+        weights.refresh()
+        yield member["weight"], log_probs
+
+
+# ======================================================================================================================
+# Run: clock, log, checkpoint
+# ======================================================================================================================
+
+
+class Clock:
+    """train_time_s, the time of the optimizer steps from the first to the last: data, forward, backward, optimizer.
+
+    Not counted are set-up, compilation and warm-up, validation and checkpoints: for those it stands still, once the
+    device has finished the steps before.
+    """
+
+    def __init__(self, now=time.perf_counter):
+        self.now, self.train_time_s, self.since = now, 0.0, now()
+
+    def start(self) -> None:
+        self.since = self.now()
+
+    def lap(self) -> float:
+        """Count the time since the start or the last lap, and return it."""
+        now = self.now()
+        lap_s, self.since = now - self.since, now
+        self.train_time_s += lap_s
+        return lap_s
+
+
+def write_atomically(path: Path, write) -> None:
+    """write(temporary path), then rename: under its name a file is whole or not there, also after kill -9."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def code_sha256(folder: Path) -> str:
+    """The hash of a script: SHA-256 over a line "name, zero byte, SHA-256 of the content" for each file, by name."""
+    lines = (f"{name}\0{sha256_file(folder / name)}\n" for name in sorted(SCRIPT_FILES))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def create_run(config: Config) -> dict:
+    """Make the run folder with config.json and code/ -> config.json's content, and the folder."""
+    name = config.run_name or f"{TRACK}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
+    folder, script = Path(config.runs_dir) / name, Path(__file__).resolve().parent
+    try:
+        folder.mkdir(parents=True)
+        for part in ("code", "checkpoints", "final"):
+            (folder / part).mkdir()
+        for file in SCRIPT_FILES:
+            shutil.copy(script / file, folder / "code" / file)
+    except FileExistsError:
+        raise ValueError(f"{folder} exists: choose another --run-name, or continue it: --resume {folder}") from None
+    except OSError as error:
+        raise ValueError(f"cannot make the run folder {folder} ({error.strerror}): choose another --runs-dir") from None
+    values, defaults = dataclasses.asdict(config), dataclasses.asdict(Config())
+    overrides = {key: value for key, value in values.items() if value != defaults[key]}
+    content = {"run_id": secrets.token_hex(4), "track": TRACK, "command": sys.argv, "overrides": overrides}
+    content |= {"config": values, "code_sha256": code_sha256(folder / "code")}
+    write_json(folder / "config.json", content)
+    return content | {"folder": str(folder)}
+
+
+def open_run(folder: str, given: dict) -> dict:
+    """As create_run, of a run that this script and these flags can continue; ValueError says why they cannot."""
+    path, result = Path(folder) / "config.json", Path(folder) / "result.json"
+    require(path.exists(), f"{path} not found: --resume needs a run folder, such as runs/<name>")
+    saved = json.loads(path.read_text())
+    require(saved["track"] == TRACK, f"{folder} is a run of the {saved['track']} track, and this script trains {TRACK}")
+    fixed = {k: v for k, v in given.items() if k not in RESUME_MAY_CHANGE and v != saved["config"].get(k)}
+    other = ", ".join(f"{k} {saved['config'].get(k)!r}, now {v!r}" for k, v in fixed.items())
+    require(not fixed, f"{folder} was started with other settings ({other}): leave them out, or start a new run")
+    same = code_sha256(Path(__file__).resolve().parent) == saved["code_sha256"]
+    require(same, f"the script changed since {folder} was started: resume it with {folder}/code/{SCRIPT_FILES[0]}")
+    finished = result.exists() and json.loads(result.read_text())["status"] == "finished"
+    return saved | {"folder": folder, "finished": finished}
+
+
+def draw_curve(folder: Path) -> None:
+    """curve.png: the training loss of every step and the validation losses, from metrics.jsonl."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for key, style, label in (("train_loss", "-", "training, each step"), ("val_loss", "o-", "validation")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            label = f"{label}: {points[-1][1]:.4f}"
+            axes.plot(*zip(*points, strict=True), style, linewidth=1, markersize=4, label=label)
+            axes.legend()
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=folder.name)
+    axes.grid(alpha=0.3)
+    write_atomically(folder / "curve.png", partial(figure.savefig, format="png", dpi=120))
+
+
+class Run:
+    """The run folder and what is written to it as the run goes on. Only the main process writes."""
+
+    def __init__(self, folder: str, run_id: str, main: bool):
+        self.folder, self.run_id, self.main, self.wandb, self.bar = Path(folder), run_id, main, None, None
+
+    def open(self) -> None:
+        self.log_file = open(self.folder / "log.txt", "a", buffering=1)
+        self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
+        try:
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {self.folder}: wait for its end, or stop it") from None
+
+    def start_wandb(self, config: Config) -> str:
+        """Weights & Biases, where wanted -> what the header says of it. Where no --wandb asks for it, it may fail."""
+        mode = config.wandb
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
+        if mode in ("off", "disabled"):
+            return "off"
+        try:
+            import wandb
+
+            names = {"project": "nanogpt-slowrun", "name": self.folder.name, "id": self.run_id, "dir": str(self.folder)}
+            values, settings = dataclasses.asdict(config) | {"track": TRACK}, wandb.Settings(silent=True)
+            self.wandb = wandb.init(**names, resume="allow", mode=mode, config=values, settings=settings)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            require(config.wandb == "auto", f"--wandb {config.wandb} failed ({said}): log in, or choose offline or off")
+            return f"off, since it failed ({said})"
+        return mode
+
+    def log(self, text: str, screen: bool = True) -> None:
+        """Print lines, and keep them in log.txt behind the run id."""
+        if self.main:
+            if screen:
+                tqdm.write(text)
+                sys.stdout.flush()
+            self.log_file.writelines(f"{self.run_id} {line}\n" for line in text.splitlines())
+
+    def progress(self, done: int, total: int, parts: list[str], printed: bool) -> None:
+        """A step is done: move the bar on a terminal; elsewhere, and in log.txt, print a line if it is its turn."""
+        if self.main and sys.stderr.isatty():
+            self.bar = self.bar or tqdm(total=total, initial=done - 1, unit="step", dynamic_ncols=True)
+            self.bar.set_postfix_str(" | ".join(parts), refresh=False)
+            self.bar.update()
+        if printed:
+            self.log(" | ".join([f"step {done}/{total}", *parts]), screen=self.bar is None)
+
+    def record(self, values: dict, to_wandb: bool = True) -> None:
+        """A line of metrics.jsonl."""
+        if self.main:
+            self.metrics_file.write(json.dumps({"run": self.run_id} | values) + "\n")
+            if self.wandb is not None and to_wandb:
+                self.wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the steps that were lost with a killed run, and are about to be repeated."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # the last may be half written
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+        self.metrics_file.close()
+        write_atomically(path, lambda temporary: temporary.write_text(kept))
+        self.metrics_file = open(path, "a", buffering=1)
+
+    def checkpoints(self) -> list[Path]:
+        """The complete ones, oldest first: a .json is written once its .pt is on the disk, and has the hash of it."""
+        return sorted((self.folder / "checkpoints").glob("step_*.json"))
+
+    def save_checkpoint(self, tensors: dict, info: dict) -> str:
+        """Write a checkpoint and drop all but the last two -> why it could not be written, empty if it was."""
+        path, failure = self.folder / "checkpoints" / f"step_{info['step']:07d}.pt", ""
+        try:
+            write_atomically(path, partial(torch.save, tensors))
+            write_json(path.with_suffix(".json"), info | {"sha256": sha256_file(path)})
+        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+            free = shutil.disk_usage(self.folder).free / 2**30
+            failure = f"{type(error).__name__}, {str(error).splitlines()[0]} ({free:.2f} GiB free)"
+        kept = [complete.stem for complete in self.checkpoints()[-2:]]
+        for file in (self.folder / "checkpoints").iterdir():
+            if file.stem not in kept:
+                file.unlink()
+        return failure
+
+    def load_checkpoint(self) -> tuple[dict, dict] | None:
+        """(Tensors, info) of the newest checkpoint, None if there is none. A damaged one is an error."""
+        found = self.checkpoints()
+        if not found:
+            return None
+        path, info = found[-1].with_suffix(".pt"), json.loads(found[-1].read_text())
+        before = f"step {int(found[-2].stem[5:])}" if len(found) > 1 else "the start"
+        sound = path.exists() and sha256_file(path) == info["sha256"]
+        require(sound, f"the checkpoint {path} is missing or damaged: delete {found[-1]} to resume from {before}")
+        return torch.load(path, map_location="cpu", weights_only=True), info
+
+
+# ======================================================================================================================
+# Train
+# ======================================================================================================================
+
+
+class NonFiniteLoss(RuntimeError):
+    """The training loss is NaN or infinite."""
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f}h" if seconds > 7200 else f"{seconds / 60:.1f}m" if seconds > 90 else f"{seconds:.0f}s"
+
+
+class Trainer:
+    """A training run: its state, and its phases warm_up, resume, fit and finish."""
+
+    def __init__(self, config: Config, world: World, run: Run, plan: Plan, shards: dict[str, Shard], byte_lengths):
+        self.config, self.world, self.run, self.plan, self.shards = config, world, run, plan, shards
+        self.dtype = compute_dtype(config, world.device)
+        self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
+        backend = choose_attention(config.attention, world.device, self.dtype)
+        self.model = build(config, world.device, self.dtype, backend)
+        torch.manual_seed(config.seed)
+        self.model.init_weights()
+        if self.compiled:
+            torch._dynamo.config.recompile_limit = 64  # graphs of a function: training, validation, windows, replay
+            self.model.compile_layers()
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())
+        groups = optimizer_groups(config, [name for name, _ in self.model.named_parameters()])
+        orthogonal_dtype = torch.bfloat16 if world.cuda else self.model.lm_head.weight.dtype
+        self.optimizer = MuonAdamW(self.model, groups, world, orthogonal_dtype, self.compiled)
+        self.optimizer.broadcast_values()
+        self.weights = ComputeWeights(self.model, self.dtype)
+        self.loader = TrainLoader(shards["train"], plan, world.virtual_ranks)
+        self.eval_sets = {s: EvalSet(shards[s], config, world, byte_lengths) for s in ("val", "holdout") if s in shards}
+        costs = [flops_per_token(config, **stage(plan, step)) * config.batch_tokens for step in range(plan.num_steps)]
+        self.flops = np.cumsum([0.0, *costs])  # of all steps before a step
+        self.clock, self.started, self.earlier_wall_s = Clock(), time.monotonic(), 0.0
+        self.step, self.stopped_by, self.signal = 0, "", ""
+        self.readouts: dict[str, float] = {}  # validation losses by name
+        self.members: list[dict] = []  # weights kept for the readout: file, epoch, step
+        self.unsaved: dict[str, dict[str, Tensor]] = {}  # those not on the disk yet, by file
+        self.pending: deque = deque()  # steps under way: (step, function that waits for its losses)
+        self.recent_s: deque[float] = deque(maxlen=5)  # durations of the last steps
+        self.unprinted_s: list[float] = []  # durations of the steps since the last printed line
+        self.last_checkpoint, self.checkpoint_due, self.checkpoint_failure = time.monotonic(), False, ""
+
+    # ------------------------------------------------------------------------------------------------ an optimizer step
+
+    def pieces(self, micro_steps: Tensor) -> list[tuple[int, Tensor]]:
+        """(k, b, T + 1) of a virtual rank -> (micro-step, sequences); the meta-gradient halves a single micro-step."""
+        if self.config.meta_gradient and len(micro_steps) == 1:
+            return [(0, half) for half in micro_steps[0].chunk(2)]
+        return list(enumerate(micro_steps))
+
+    def backward(self, rows: Tensor, share: float, **how) -> Tensor:
+        """Forward and backward of sequences (B, T + 1), weighted -> weighted (loss, next-token loss), (2,)."""
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        losses = self.model.training_loss(tokens, targets, self.weights.tensors, **how)
+        (losses[0] * share).backward()
+        return torch.stack(losses).detach() * share
+
+    def run_pieces(self, step: int, v: int, pieces: list, share: float, totals: Tensor) -> None:
+        """Accumulate gradients and losses of pieces of virtual rank v. Dropout is seeded by what they are."""
+        c, how = self.config, stage(self.plan, step)
+        for index, (micro_step, rows) in pieces:
+            dropped = draw_dropped(c, how["replay"], c.seed, step, micro_step)
+            for i, chunk in enumerate(rows.split(c.device_batch or len(rows))):
+                seed = np.random.SeedSequence((c.seed, step, v, index, i)).generate_state(1, np.uint64)
+                torch.manual_seed(int(seed[0]))
+                totals += self.backward(chunk, share * len(chunk) / len(rows), dropped=dropped, **how)
+
+    def train_step(self, step: int):
+        """Enqueue an optimizer step -> a function that waits for it and returns this process' share of the losses."""
+        c, values = self.config, schedule(self.plan, step)
+        batch = torch.from_numpy(self.loader.batch(step).astype(np.int64))
+        if self.world.cuda:
+            batch = batch.pin_memory().to(self.world.device, non_blocking=True)
+        totals = torch.zeros(2, dtype=self.model.lm_head.weight.dtype, device=self.world.device)
+        if not c.meta_gradient:
+            self.weights.refresh()
+        for v, micro_steps in zip(self.world.virtual_ranks, batch, strict=True):
+            pieces = list(enumerate(self.pieces(micro_steps)))
+            run = partial(self.run_pieces, step, v, share=1 / (VIRTUAL_RANKS * len(pieces)), totals=totals)
+            if c.meta_gradient:
+                middle = len(pieces) // 2
+                halves = partial(run, pieces[:middle]), partial(run, pieces[middle:])
+                add_gradient(self.weights, self.optimizer, *halves, values["meta_step"])
+            else:
+                run(pieces)
+        if not c.meta_gradient:
+            self.weights.pull_back()
+        self.optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
+        if not self.world.cuda:
+            return totals.tolist
+        host, event = torch.empty_like(totals, device="cpu", pin_memory=True), torch.cuda.Event()
+        host.copy_(totals, non_blocking=True)
+        event.record()
+        return lambda: (event.synchronize(), host.tolist())[1]
+
+    def token_losses(self, tokens: Tensor, targets: Tensor, **how) -> Tensor:
+        """What validation scores: 2 x (B, T) -> (B, T)."""
+        self.model.eval()
+        with torch.no_grad():
+            losses = self.model.token_losses(tokens, targets, self.weights.tensors, **how)
+        self.model.train()
+        return losses
+
+    def warm_up(self) -> None:
+        """Check the attention; run every graph that the run will need, on random tokens; leave no trace of it."""
+        c, device, backend = self.config, self.world.device, self.model.backend
+        error = attention_error(c, device, backend) if backend != "sdpa" else 0.0
+        require(error < 0.05, f"attention {backend} is wrong here, by {error:g}: use --attention sdpa, and report it")
+        stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
+        with torch.random.fork_rng([device] if self.world.cuda else []):
+            for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
+                for how in stages.values() if self.world.main == main_turn else ():
+                    self.weights.refresh()
+                    rows = torch.randint(c.vocab_size, (1, c.micro_batch, c.sequence_len + 1), device=device)
+                    rows = self.pieces(rows)[0][1][: c.device_batch or None]
+                    all_dropped = [True] * (len(c.layer_order(**how)) + 1)
+                    for dropped in (None, all_dropped) if c.stochastic_depth else (None,):
+                        self.backward(rows, 1.0, dropped=dropped, **how)
+                    tokens = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len), device=device)
+                    self.token_losses(tokens, tokens, **how)
+                    self.weights.clear_gradients()
+                self.world.sum([0])
+        self.optimizer.step(0.0, 0.0, 0.95)  # no gradient and no rate: compiles and connects, but changes nothing
+        self.optimizer.steps = 0
+
+    # --------------------------------------------------------------------------------------------------- training loop
+
+    def fit(self) -> None:
+        """Train until the last step, the time cap or a signal; `stopped_by` says which."""
+        keep = 1 if self.world.cuda else 0  # losses are read one step late, so that the GPU never waits
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.take_signal)
+        if self.step == 0 and self.config.eval_initial:
+            self.validate("initial")
+        projection_at = self.step + 10
+        self.clock.start()
+        while self.step < self.plan.num_steps and not self.stopped_by:
+            self.pending.append((self.step, self.train_step(self.step)))
+            self.step += 1
+            self.settle(keep)
+            epoch_ends = self.plan.epochs_done(self.step) > self.plan.epochs_done(self.step - 1)
+            if epoch_ends or self.checkpoint_due or self.stopped_by:
+                self.settle(0)
+                if epoch_ends or self.stopped_by == "time_cap":
+                    self.end_epoch(complete=epoch_ends)
+                self.save_checkpoint()
+                self.clock.start()
+            if self.step == projection_at:
+                self.print_projection()
+        self.stopped_by = self.stopped_by or "steps"
+
+    def take_signal(self, number: int, frame) -> None:
+        """Stop after the step under way; the same signal again ends the process at once."""
+        self.signal = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def settle(self, keep: int) -> None:
+        """Wait for all steps but the newest `keep`, record them, and agree with the other processes what comes next."""
+        c = self.config
+        while len(self.pending) > keep:
+            step, losses = self.pending.popleft()
+            local = losses()
+            dt_s = self.clock.lap()
+            self.recent_s.append(dt_s)
+            next_end_s = self.clock.train_time_s + (len(self.pending) + 1) * statistics.median(self.recent_s)
+            over_cap = self.step < self.plan.num_steps and 0 < 60 * c.time_cap_min < next_end_s
+            due = time.monotonic() - self.last_checkpoint >= 60 * c.checkpoint_min
+            loss, lm_loss, over_cap, stop, due = self.world.sum([*local, over_cap, bool(self.signal), due])
+            self.checkpoint_due = bool(due)
+            self.stopped_by = "time_cap" if over_cap else "signal" if stop else self.stopped_by
+            self.record_step(step, dt_s, loss, lm_loss)
+            if not math.isfinite(loss):
+                self.save_non_finite(step, loss)
+                raise NonFiniteLoss(f"the training loss is {loss} at step {step + 1}")
+
+    def record_step(self, step: int, dt_s: float, loss: float, lm_loss: float) -> None:
+        """A line of metrics.jsonl, the progress bar, and every log_every steps a printed line."""
+        c, N, done = self.config, self.plan.num_steps, step + 1
+        values = {"step": done, "epoch": self.plan.epochs_done(step) + 1, "dt_s": dt_s, "tokens": done * c.batch_tokens}
+        values |= {"train_loss": lm_loss, "train_loss_with_mtp": loss}
+        values |= schedule(self.plan, step) | stage(self.plan, step)
+        self.run.record(values, to_wandb=done % c.log_every == 0)
+        self.unprinted_s.append(dt_s)
+        step_s = statistics.mean(self.unprinted_s)
+        parts = [f"train {lm_loss:.4f}", f"lr {values['lr']:.2f}", f"{c.batch_tokens / step_s / 1e3:.1f}k tok/s"]
+        if peak := peak_flops(self.world.device):
+            used = (self.flops[done] - self.flops[step]) / step_s / self.world.size
+            parts.append(f"{100 * used / peak:.1f}% mfu")
+        parts += [f"{step_s:.2f} s/step", f"eta {duration(self.remaining_s(done))}"]
+        printed = done % c.log_every == 0 or done == N
+        self.run.progress(done, N, parts, printed)
+        if printed:
+            self.unprinted_s = []
+
+    def remaining_s(self, step: int) -> float:
+        """Projected time of the steps from `step` on, at the present rate of operations."""
+        last, ahead = self.flops[step] - self.flops[step - 1], self.flops[-1] - self.flops[step]
+        return statistics.median(self.recent_s) * ahead / last
+
+    def print_projection(self) -> None:
+        cap, total_min = self.config.time_cap_min, (self.clock.train_time_s + self.remaining_s(self.step)) / 60
+        self.run.log(f"projected training time {total_min:.1f} min, cap {f'{cap:g} min' if cap else 'lifted'}")
+        if 0 < cap < total_min:
+            self.run.log("WARNING: training will stop early, at the cap; --time-cap-min 0 lifts it (not eligible then)")
+
+    def end_epoch(self, complete: bool) -> None:
+        """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
+        epoch = self.plan.epochs_done(self.step) + (not complete)
+        self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
+        if epoch > self.config.num_epochs - self.config.readout_epochs or not complete:
+            file = f"epoch_{epoch:02d}.safetensors"
+            self.members.append({"file": file, "epoch": epoch, "step": self.step})
+            if self.world.main:
+                tensors = self.unsaved[file] = {}
+                for name, p in self.model.named_parameters():
+                    small = p.ndim < 2 or name.endswith("_mix")  # lambdas and mixes are kept as they are
+                    tensors[name] = p.detach().to("cpu", p.dtype if small else self.dtype, copy=True)
+
+    def validate(self, name: str) -> None:
+        """Score the model as it was trained in the epoch just finished."""
+        self.weights.refresh()
+        how, val = stage(self.plan, max(0, self.step - 1)), self.eval_sets["val"]
+        score = val.score(val.nats(partial(self.token_losses, **how)))
+        if self.step:
+            self.readouts[name] = score.loss
+        values = {"step": self.step, "epoch": self.plan.epochs_done(self.step)} | how
+        self.run.record(values | {"val_loss": score.loss, "val_bpb": score.bpb})
+        bpb = f" | {score.bpb:.4f} bits per byte" if score.bpb else ""
+        self.run.log(f"{name} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}")
+        if self.world.main:
+            draw_curve(self.run.folder)
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write all that the run needs to go on from here. A failure is said, and does not end the run."""
+        started, state = time.monotonic(), self.optimizer.state_dict()
+        if self.world.main:
+            tensors = {"model": {name: p.detach() for name, p in self.model.named_parameters()}, "optimizer": state}
+            info = {"step": self.step, "train_time_s": self.clock.train_time_s, "wall_time_s": self.wall_time_s()}
+            info |= {"readouts": self.readouts, "members": self.members, "world_size": self.world.size}
+            info["stopped_by"] = self.stopped_by if self.stopped_by == "time_cap" else ""
+            failure = self.save_members() or self.run.save_checkpoint(tensors, info)
+            said = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
+            self.run.log(f"checkpoint at step {self.step} {said}, in {time.monotonic() - started:.1f} s")
+        self.checkpoint_failure = self.world.share(lambda: failure)
+        self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
+
+    def save_members(self) -> str:
+        """Write the readout's weights that are only in memory -> why they could not be written, empty if they were."""
+        for file in list(self.unsaved):
+            try:
+                write_atomically(self.run.folder / "final" / file, partial(save_file, self.unsaved[file]))
+            except Exception as error:  # an OSError, or safetensors' own
+                return f"final/{file}: {error}"
+            del self.unsaved[file]
+        return ""
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint of the run folder, or begin anew where there is none yet."""
+        tensors = {}
+
+        def read() -> dict | None:
+            content, info = self.run.load_checkpoint() or ({}, None)
+            tensors.update(content)
+            for member in info["members"] if info else ():
+                path = self.run.folder / "final" / member["file"]
+                require(path.exists(), f"{path} is missing, which the readout needs: the run cannot go on without it")
+            self.run.drop_metrics_after(info["step"] if info else -1)
+            (self.run.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
+            return info
+
+        info = self.world.share(read)
+        if info is None:
+            return self.run.log("no checkpoint yet: starting from step 0")
+        for name, p in self.model.named_parameters() if self.world.main else ():
+            p.data.copy_(tensors["model"][name])
+        self.optimizer.broadcast_values()
+        self.optimizer.load_state_dict(tensors.get("optimizer", {}))
+        self.step, self.stopped_by = info["step"], info["stopped_by"]
+        self.readouts, self.members = info["readouts"], info["members"]
+        self.clock.train_time_s, self.earlier_wall_s = info["train_time_s"], info["wall_time_s"]
+        done = f"step {self.step}/{self.plan.num_steps}, after {self.clock.train_time_s:.1f} s of training"
+        self.run.log(f"resumed at {done}")
+
+    def wall_time_s(self) -> float:
+        return self.earlier_wall_s + time.monotonic() - self.started
+
+    def save_non_finite(self, step: int, loss: float) -> None:
+        """Keep what is needed to look at a loss that is not finite: the step's tokens, the norms of all parameters."""
+        if not self.world.main:
+            return
+        path = self.run.folder / "non_finite.pt"
+        tokens = TrainLoader(self.shards["train"], self.plan, range(VIRTUAL_RANKS)).batch(step)
+        norms = {name: p.detach().float().norm().item() for name, p in self.model.named_parameters()}
+        bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        content = {"step": step + 1, "loss": loss, "tokens": torch.from_numpy(tokens), "norms": norms}
+        write_atomically(path, partial(torch.save, content))
+        result = {"track": TRACK, "status": "failed", "stopped_by": "non_finite_loss", "steps": step + 1}
+        write_json(self.run.folder / "result.json", result | {"run_id": self.run.run_id})
+        kept = ", ".join(path.stem for path in self.run.checkpoints()) or "none, but the start follows from the seed"
+        self.run.log(f"{path} has the tokens and the norms of all parameters; not finite by now: {len(bad)}, {bad[:3]}")
+        self.run.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
+
+    # --------------------------------------------------------------------------------------------------------- readout
+
+    def load_member(self, member: dict) -> None:
+        """Put a member's weights into the model, from the disk or from memory."""
+        if self.world.main:
+            saved = self.unsaved.get(member["file"]) or load_file(self.run.folder / "final" / member["file"])
+            for name, p in self.model.named_parameters():
+                p.data.copy_(saved[name])
+        self.optimizer.broadcast_values()
+        self.weights.refresh()
+
+    def read_out(self) -> tuple[Score, Score | None, dict]:
+        """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
+
+        It averages the probabilities that the members give to each target. Recorded beside it: the same with equal
+        weights, and the loss of the members' average weights.
+        """
+        members, val = self.members[-self.config.readout_epochs :], self.eval_sets["val"]
+        buckets = self.optimizer.buckets
+        weights = [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
+        how, nats = stage(self.plan, self.step - 1), {name: [] for name in self.eval_sets}
+        losses = partial(self.token_losses, **how)
+        for weight, member in zip(weights, members, strict=True):
+            self.load_member(member)
+            for name, eval_set in self.eval_sets.items():
+                nats[name].append(eval_set.nats(losses))
+            for bucket in buckets:
+                bucket.grads.add_(bucket.values, alpha=weight)  # the gradients' memory has no other use any more
+        scores = {name: eval_set.score(mix(nats[name], weights)) for name, eval_set in self.eval_sets.items()}
+        self.readouts["probability_average"] = scores["val"].loss
+        self.readouts["probability_average_equal_weights"] = val.score(mix(nats["val"], [1.0] * len(members))).loss
+        for bucket in buckets:
+            bucket.values.copy_(bucket.grads)
+        self.weights.refresh()
+        self.readouts["weight_average"] = val.score(val.nats(losses)).loss
+        final = [member | {"weight": weight} for member, weight in zip(members, weights, strict=True)]
+        return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": final}
+
+    def finish(self) -> None:
+        """Read out, write result.json, clean up, and print the final block."""
+        val, holdout, final = self.read_out()
+        if not self.world.main:
+            return
+        folder, incomplete = self.run.folder, self.save_members()
+        for path in (folder / "final").iterdir():
+            if path.name not in [member["file"] for member in final["members"]]:
+                path.unlink()
+        write_json(folder / "final" / "members.json", final)
+        result = self.result(val, holdout)
+        reasons = ineligible(self.config, result) + [f"final/ is incomplete: {incomplete}"] * bool(incomplete)
+        result |= {"eligible": not reasons, "not_eligible_because": reasons}
+        write_json(folder / "result.json", result)
+        shutil.rmtree(folder / "checkpoints")
+        if self.run.bar is not None:
+            self.run.bar.close()
+        self.run.log(final_block(result, folder))
+        if self.run.wandb is not None:
+            self.run.wandb.summary.update(result)
+            self.run.wandb.finish()
+
+    def result(self, val: Score, holdout: Score | None) -> dict:
+        """What result.json says, but for eligibility."""
+        c, world, seconds = self.config, self.world, self.clock.train_time_s
+        tokens = self.step * c.batch_tokens
+        hashes, folder = {split: shard.sha256 for split, shard in self.shards.items()}, self.run.folder
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if world.cuda:
+            memory = torch.cuda.max_memory_allocated(world.device)
+        peak = peak_flops(world.device)
+        return {
+            "track": TRACK, "status": "finished", "stopped_by": self.stopped_by, "run_id": self.run.run_id,
+            "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(self.readouts.values()),
+            "readouts": self.readouts, "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
+            "data_efficiency": data_efficiency(val.loss) if hashes["val"] == OFFICIAL_SHA256["val"] else None,
+            "steps": self.step, "tokens": tokens, "epochs": self.plan.epochs_done(self.step),
+            "train_time_s": seconds, "wall_time_s": self.wall_time_s(), "time_cap_min": c.time_cap_min,
+            "seed": c.seed, "world_size": world.size, "device": device_name(world.device),
+            "attention": self.model.backend, "dtype": str(self.dtype).removeprefix("torch."), "compiled": self.compiled,
+            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / seconds,
+            "mfu": self.flops[self.step] / seconds / peak / world.size if peak else None,
+            "parameters": self.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
+            "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
+            "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
+        }  # fmt: skip
+
+
+def ineligible(config: Config, result: dict) -> list[str]:
+    """Why a result cannot be a record of this track; empty if it can."""
+    cap, targets = Config.time_cap_min, Config.val_sequences * Config.sequence_len
+    checks = {
+        "the data are not the official files": all(result["data_sha256"][s] == h for s, h in OFFICIAL_SHA256.items()),
+        "there is no holdout": result["holdout_loss"] is not None,
+        f"{result['val_tokens']:,} validation targets, not {targets:,}": result["val_tokens"] == targets,
+        f"the cap of {cap:g} min is lifted": 0 < config.time_cap_min <= cap,
+        f"training took longer than {cap:g} min": result["train_time_s"] <= 60 * cap,
+        "it ran on other hardware than 8 H100": result["world_size"] == 8 and "H100" in result["device"],
+        "the loss is not finite": math.isfinite(result["val_loss"]),
+    }
+    return [reason for reason, fine in checks.items() if not fine]
+
+
+def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wandb_said: str) -> str:
+    """The first thing that a run prints."""
+    c, world, shards = trainer.config, trainer.world, trainer.shards
+    settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
+    official = all(shards[split].sha256 == sha256 for split, sha256 in OFFICIAL_SHA256.items())
+    sizes = ", ".join(f"{split} {len(shard.tokens):,}" for split, shard in shards.items())
+    data = f"{sizes} tokens ({'official' if official else 'not the official files'}); bytes of tokens {bytes_from}"
+    device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
+    compiled = "compiled" if trainer.compiled else "not compiled"
+    lines = {
+        "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
+        "settings": settings,
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
+        "device": f"{device}, attention {trainer.model.backend}, {compiled}, about {needed_gib:.1f} GiB per process",
+        "data": f"{c.data_dir}: {data}",
+        "model": f"{trainer.num_parameters:,} parameters",
+        "plan": f"{trainer.plan.num_steps:,} steps of {c.batch_tokens:,} tokens, {c.num_epochs} epochs, "
+        + (f"cap {c.time_cap_min:g} min" if c.time_cap_min else "no cap (not eligible)"),
+    }
+    return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
+
+
+def final_block(result: dict, folder: Path) -> str:
+    """The last thing that a run prints."""
+    bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
+    holdout = f"{result['holdout_loss']:.4f}" if result["holdout_loss"] is not None else "none"
+    because = "; ".join(result["not_eligible_because"])
+    lines = [
+        f"{TRACK} track, seed {result['seed']}, stopped by {result['stopped_by']} after {result['steps']:,} steps",
+        *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
+        f"val_loss   {result['val_loss']:.4f} (probability_average){bpb}; best readout {result['best_val_loss']:.4f}",
+        f"holdout    {holdout}",
+        f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
+        f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "
+        f"in all {duration(result['wall_time_s'])}",
+        f"record     {'eligible' if result['eligible'] else f'not eligible: {because}'}",
+        f"run folder {folder}, curve {folder / 'curve.png'}",
+    ]
+    return "\n".join(["=" * 100, *lines, "=" * 100])
+
+
+def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
+    """From the command line to a trainer, and whether it resumes; what can be refused is refused here (ValueError).
+
+    No trainer: the run that --resume names has finished.
+    """
+    given, resume = parse_arguments(argv)
+    config, device = Config(**given) if resume is None else None, given.get("device", "auto")
+    if resume is not None and (Path(resume) / "config.json").exists():
+        device = json.loads((Path(resume) / "config.json").read_text())["config"].get("device", "auto")
+    world = set_up_world(device)
+    if resume is not None:
+        saved = world.share(open_run, resume, given)
+        config = Config(**saved["config"] | {name: given[name] for name in RESUME_MAY_CHANGE & given.keys()})
+        if saved["finished"]:
+            if world.main:
+                print(f"{resume} has finished, see {resume}/result.json")
+            return None, True
+    choose_attention(config.attention, world.device, compute_dtype(config, world.device))
+    needed_gib = check_memory(config, world)
+    world.share(lambda: load_data(config) and None)  # by one process first: one message if it is refused
+    shards = load_data(config)
+    plan = Plan(config, len(shards["train"].sequences(config.sequence_len + 1)))
+    byte_lengths, bytes_from = world.share(token_byte_lengths, config)
+    if resume is None:
+        saved = world.share(create_run, config)
+    run = Run(saved["folder"], saved["run_id"], world.main)
+    world.share(run.open)
+    wandb_said = world.share(run.start_wandb, config)
+    trainer = Trainer(config, world, run, plan, shards, byte_lengths)
+    run.log(header(trainer, saved, bytes_from, needed_gib, wandb_said))
+    return trainer, resume is not None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 finished, or stopped by a signal and saved; 1 failed; 2 refused."""
+    try:
+        trainer, resumes = set_up(argv)
+        if trainer is None:
+            return 0
+        trainer.warm_up()
+        if resumes:
+            trainer.resume()
+    except (ValueError, torch.OutOfMemoryError) as error:
+        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # all processes read the same flags
+            advice = "" if isinstance(error, ValueError) else "\nLess memory: --device-batch, --eval-batch"
+            print(f"{Path(__file__).name}: error: {error}{advice}", file=sys.stderr)
+        return 2
+    try:
+        trainer.fit()
+    except NonFiniteLoss as error:
+        trainer.run.log(f"stopped: {error}")
+        return 1
+    if trainer.stopped_by == "signal":
+        start = "python" if trainer.world.size == 1 else f"torchrun --standalone --nproc_per_node={trainer.world.size}"
+        how = f"resume with: {start} {sys.argv[0]} --resume {trainer.run.folder}"
+        trainer.run.log(f"stopped by {trainer.signal or 'a signal'} after step {trainer.step}; {how}")
+        return 1 if trainer.checkpoint_failure else 0
+    trainer.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(exit_code)
