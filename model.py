@@ -303,14 +303,14 @@ def mix_heads(weight: Tensor, mix: Tensor | None) -> Tensor:
 class ComputeWeights:
     """The weights that the forward pass reads, made from the masters once per optimizer step.
 
-    `tensors` are leaves of the compute dtype which collect gradients, float32 or wider, over any number of backward
-    passes. `refresh` makes them from the masters. `pull_back` adds their gradients to the masters' `.grad`, by the
-    transposed map, and clears them. The map is linear in the matrices and in the mixes, so one `pull_back` serves all
-    backward passes since the last `refresh`.
+    `tensors` are leaves of the compute dtype. Their gradients are summed, float32 or wider, over any number of backward
+    passes. `refresh` makes them from the masters. `pull_back` adds the sums to the masters' `.grad`, by the transposed
+    map, and clears them. The map is linear in the matrices and in the mixes, so one `pull_back` serves all backward
+    passes since the last `refresh`.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, requires_grad: bool = True):
-        self.sources, self.tensors = model.sources(), {}
+        self.sources, self.tensors, self.sums = model.sources(), {}, {}
         for unit, weights in self.sources.items():
             self.tensors[unit] = {}
             for name, parts in weights.items():
@@ -318,9 +318,15 @@ class ComputeWeights:
                 shape = (sum(part.size(0) for part, _ in parts), *master.shape[1:])
                 leaf_dtype = dtype if master.ndim == 2 else master.dtype  # the lambdas are never rounded
                 leaf = torch.zeros(shape, dtype=leaf_dtype, device=master.device, requires_grad=requires_grad)
-                if requires_grad:
-                    leaf.grad_dtype = torch.promote_types(leaf_dtype, torch.float32)
                 self.tensors[unit][name] = leaf
+                if requires_grad:
+                    self.sums[leaf] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf_dtype, torch.float32))
+                    leaf.register_post_accumulate_grad_hook(self._add_gradient)
+
+    def _add_gradient(self, leaf: Tensor) -> None:
+        """Sum in float32 as soon as a gradient is there. (A .grad of another dtype, grad_dtype, cannot be compiled.)"""
+        self.sums[leaf].add_(leaf.grad)
+        leaf.grad = None
 
     def _rows(self):
         """Every master, its mix, and the rows of the compute weight that it fills."""
@@ -338,9 +344,7 @@ class ComputeWeights:
     @torch.no_grad()
     def pull_back(self) -> None:
         for master, mix, leaf, rows in self._rows():
-            if leaf.grad is None:  # takes no part in the loss
-                continue
-            grad = leaf.grad[rows]
+            grad = self.sums[leaf][rows]
             if mix is None:
                 master.grad.add_(grad)
             else:
@@ -350,9 +354,8 @@ class ComputeWeights:
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
-        for tensors in self.tensors.values():
-            for leaf in tensors.values():
-                leaf.grad = None
+        for gradient in self.sums.values():
+            gradient.zero_()
 
 
 # ======================================================================================================================

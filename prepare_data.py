@@ -87,7 +87,7 @@ class ByteTokenizer:
 # ======================================================================================================================
 
 
-def retrying(open_stream: Callable[[int], Iterable], what: str, attempts: int = 6, pause_s: float = 2.0) -> Iterator:
+def retrying(open_stream: Callable[[int], Iterable], what: str, attempts: int = 5, pause_s: float = 2.0) -> Iterator:
     """Yield from open_stream(number of items to skip), opening it again after errors of the network.
 
     Attempts are counted from the last item that came through, with pauses that double. ValueError says what to try when

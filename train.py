@@ -661,20 +661,21 @@ def load_data(config: Config) -> dict[str, Shard]:
 
 def token_byte_lengths(config: Config) -> tuple[Tensor | None, str]:
     """(Bytes of every token (V,) int64, 0 for the BOS; where they are from). None without meta.json and tiktoken."""
-    meta, origin = read_meta(config.data_dir), "meta.json"
+    V, meta = config.vocab_size, read_meta(config.data_dir)
     if meta is not None:
-        lengths = meta["token_bytes"]
-    else:
-        try:
-            import tiktoken
+        found = len(meta["token_bytes"])
+        require(found == V, f"meta.json has the bytes of {found} tokens, vocab_size is {V}: change --vocab-size")
+        return torch.tensor(meta["token_bytes"]), "from meta.json"
+    if V != 50257:
+        return None, "left out, without a meta.json"
+    try:
+        import tiktoken
 
-            encoding, origin = tiktoken.get_encoding("gpt2"), "tiktoken"
-            lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(50256)] + [0]
-        except Exception as error:  # not installed, or its vocabulary cannot be downloaded
-            return None, f"left out: no meta.json beside the shards, and tiktoken fails ({type(error).__name__})"
-    V = config.vocab_size
-    require(len(lengths) == V, f"{origin} has the bytes of {len(lengths)} tokens, not of {V}: change --vocab-size")
-    return torch.tensor(lengths), origin
+        encoding = tiktoken.get_encoding("gpt2")
+        lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(50256)] + [0]
+        return torch.tensor(lengths), "from tiktoken"
+    except Exception as error:  # not installed, or its vocabulary cannot be downloaded
+        return None, f"left out: no meta.json beside the shards, and tiktoken fails ({type(error).__name__})"
 
 
 class TrainLoader:
@@ -938,6 +939,13 @@ class Run:
         except BlockingIOError:
             raise ValueError(f"another process is writing to {self.folder}: wait for its end, or stop it") from None
 
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.main:
+            self.log_file.close()
+            self.metrics_file.close()
+
     def start_wandb(self, config: Config) -> str:
         """Weights & Biases, where wanted -> what the header says of it. Where no --wandb asks for it, it may fail."""
         mode = config.wandb
@@ -1140,13 +1148,14 @@ class Trainer:
             for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
                 for how in stages.values() if self.world.main == main_turn else ():
                     self.weights.refresh()
-                    rows = torch.randint(c.vocab_size, (1, c.micro_batch, c.sequence_len + 1), device=device)
-                    rows = self.pieces(rows)[0][1][: c.device_batch or None]
+                    shape = (c.micro_steps, c.micro_batch, c.sequence_len + 1)  # graphs depend on shapes and strides
+                    rows = self.pieces(torch.randint(c.vocab_size, shape, device=device))[0][1]
+                    rows = rows[: c.device_batch or None]
                     all_dropped = [True] * (len(c.layer_order(**how)) + 1)
                     for dropped in (None, all_dropped) if c.stochastic_depth else (None,):
                         self.backward(rows, 1.0, dropped=dropped, **how)
-                    tokens = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len), device=device)
-                    self.token_losses(tokens, tokens, **how)
+                    batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
+                    self.token_losses(batch[:, :-1], batch[:, 1:], **how)
                     self.weights.clear_gradients()
                 self.world.sum([0])
         self.optimizer.step(0.0, 0.0, 0.95)  # no gradient and no rate: compiles and connects, but changes nothing
@@ -1331,6 +1340,13 @@ class Trainer:
         self.run.log(f"{path} has the tokens and the norms of all parameters; not finite by now: {len(bad)}, {bad[:3]}")
         self.run.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
 
+    def say_how_to_resume(self) -> int:
+        """-> the exit code: 0 if the checkpoint is saved."""
+        start = "python" if self.world.size == 1 else f"torchrun --standalone --nproc_per_node={self.world.size}"
+        how = f"resume with: {start} {sys.argv[0]} --resume {self.run.folder}"
+        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; {how}")
+        return 1 if self.checkpoint_failure else 0
+
     # --------------------------------------------------------------------------------------------------------- readout
 
     def load_member(self, member: dict) -> None:
@@ -1384,8 +1400,6 @@ class Trainer:
         result |= {"eligible": not reasons, "not_eligible_because": reasons}
         write_json(folder / "result.json", result)
         shutil.rmtree(folder / "checkpoints")
-        if self.run.bar is not None:
-            self.run.bar.close()
         self.run.log(final_block(result, folder))
         if self.run.wandb is not None:
             self.run.wandb.summary.update(result)
@@ -1523,20 +1537,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         trainer.fit()
+        if trainer.stopped_by == "signal":
+            return trainer.say_how_to_resume()
+        trainer.finish()
+        return 0
     except NonFiniteLoss as error:
         trainer.run.log(f"stopped: {error}")
         return 1
-    if trainer.stopped_by == "signal":
-        start = "python" if trainer.world.size == 1 else f"torchrun --standalone --nproc_per_node={trainer.world.size}"
-        how = f"resume with: {start} {sys.argv[0]} --resume {trainer.run.folder}"
-        trainer.run.log(f"stopped by {trainer.signal or 'a signal'} after step {trainer.step}; {how}")
-        return 1 if trainer.checkpoint_failure else 0
-    trainer.finish()
-    return 0
+    finally:
+        trainer.run.close()
 
 
 if __name__ == "__main__":
     exit_code = main()
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(exit_code)  # a thread of gloo that still wants the interpreter can abort a regular exit
     sys.exit(exit_code)

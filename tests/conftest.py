@@ -1,0 +1,164 @@
+"""What the tests share: the scripts under test, the golden numbers, small data, a small configuration."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+torch.set_num_threads(1)  # the models are tiny
+TRACKS = {"limited": "train"}  # track -> module; a new track adds itself here and passes the same tests
+
+V = 97  # vocabulary of the small data; the BOS is 96
+SMALL = {  # flags of a run of 11 steps, two epochs of 5.5 steps, that takes a second or two
+    "vocab_size": V, "sequence_len": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "replay_start": 1, "replay_end": 2,
+    "replay_from_epoch": 2, "num_epochs": 2, "swa_epochs": 1, "readout_epochs": 2, "batch_tokens": 1024,
+    "micro_batch": 2, "eval_batch": 8, "log_every": 5, "dropout": 0.0, "lr_multiplier": 1.0, "weight_decay": 0.3,
+}  # fmt: skip
+
+
+@pytest.fixture(params=TRACKS)
+def track(request):
+    """The module of a track's script; tests with this argument run once for each track."""
+    return importlib.import_module(TRACKS[request.param])
+
+
+def golden(name: str) -> dict:
+    return json.loads((Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden")) / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """The GPT-2 tokenizer, if its vocabulary is at hand (TIKTOKEN_CACHE_DIR) or can be downloaded."""
+    import prepare_data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data.time, "sleep", lambda seconds: None)
+        try:
+            return prepare_data.GPT2Tokenizer()
+        except ValueError as error:
+            return pytest.skip(f"the GPT-2 vocabulary is not at hand: {str(error).splitlines()[0][:120]}")
+
+
+def flags(**values) -> list[str]:
+    """{"n_layer": 4, "meta_gradient": False} -> ["--n-layer=4", "--no-meta-gradient"]"""
+    named = {name.replace("_", "-"): value for name, value in values.items()}
+    return [
+        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in named.items()
+    ]
+
+
+def write_data(folder: Path, tokens: dict[str, int], seed: int = 0) -> Path:
+    """Splits of a Markov chain over 96 tokens in documents of 5 to 60, with meta.json."""
+    import prepare_data
+    from train import sha256_file, write_json
+
+    random = np.random.RandomState(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    for split, count in tokens.items():
+        starts = np.concatenate([[0], np.cumsum(random.randint(5, 60, size=count))])
+        starts = starts[starts < count - 1]
+        values = np.empty(count, dtype=np.uint16)
+        for i in range(count):
+            values[i] = (values[i - 1] * 5 + random.randint(0, 4)) % (V - 1) if i else 0
+        values[starts] = V - 1
+        path = folder / f"fineweb_{split}.pt"
+        prepare_data.save_shard(path, values, starts.astype(np.int64), V - 1, split)
+        splits[split] = {"tokens": count, "documents": len(starts), "sha256": sha256_file(path)}
+    lengths = [1 + i % 4 for i in range(V - 1)] + [0]
+    meta = {"source": "test", "revision": "0", "tokenizer": "test", "vocab_size": V, "bos_id": V - 1}
+    write_json(folder / "meta.json", meta | {"splits": splits, "token_bytes": lengths})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), {"val": 1700, "train": 6000, "holdout": 1500})
+
+
+@pytest.fixture
+def small(data_dir, tmp_path) -> dict:
+    """Fields of Config for a small run in a folder of its own."""
+    return SMALL | {"data_dir": str(data_dir), "runs_dir": str(tmp_path / "runs"), "run_name": "run", "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
+    """metrics.jsonl as (lines of steps, lines of validations)."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "dt_s" in line], [line for line in lines if "val_loss" in line]
+
+
+def launch(script: str, arguments: list[str], processes: int = 1, **options) -> subprocess.Popen:
+    """Start a script as a user would, with torchrun if there are several processes."""
+    command = [sys.executable, str(ROOT / script)]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command.append(str(ROOT / script))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("WANDB_API_KEY", None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *arguments], env=environment, **pipes, **options)
+
+
+def run_to_end(script: str, arguments: list[str], processes: int = 1, **options) -> str:
+    process = launch(script, arguments, processes, **options)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) -> None:
+    """Fill a model as tests/golden/README.md says."""
+    parameters = dict(model.named_parameters())
+    for k, name in enumerate(sorted(parameters)):
+        shape = tuple(parameters[name].shape)
+        z = np.random.RandomState(param_seed + k).standard_normal(shape)
+        if name.endswith("wte.weight"):
+            value = z
+        elif name.endswith("_mix"):
+            value = np.eye(shape[0]) + 0.1 * z
+        elif name.endswith("lm_head.weight"):
+            value = z / np.sqrt(n_embd)
+        elif name.endswith(("resid_lambdas", "skip_weights")):
+            value = 1 + 0.1 * z
+        elif len(shape) == 2 and not name.endswith("xsa_alphas"):
+            value = z / np.sqrt(shape[1])
+        else:
+            value = 0.1 + 0.1 * z
+        parameters[name].data.copy_(torch.from_numpy(value))
+
+
+def figures(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Two figures per tensor, as tests/golden/README.md says: its norm and its product with a fixed random one."""
+    result = {}
+    for k, name in enumerate(sorted(tensors)):
+        x = tensors[name].detach().double().numpy()
+        fixed = np.random.RandomState(9000 + k).standard_normal(x.shape)
+        result[name] = (float(np.sqrt((x**2).sum())), float((x * fixed).sum()))
+    return result
+
+
+def assert_figures(tensors: dict[str, torch.Tensor], expected: dict[str, list[float]], tolerance: float) -> None:
+    found = figures(tensors)
+    assert found.keys() == expected.keys()
+    for name, (norm, product) in expected.items():
+        assert abs(found[name][0] - norm) <= tolerance * norm, name
+        assert abs(found[name][1] - product) <= tolerance * norm, name

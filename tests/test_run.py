@@ -1,0 +1,372 @@
+"""A run from the command line to its folder: contents, clock, cap, warnings, disk full, losses that are not finite."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, flags, read_metrics
+
+
+class FakeTime:
+    """A clock that is one second further at each look."""
+
+    def __init__(self, step_s: float = 1.0):
+        self.time_s, self.step_s = 0.0, step_s
+
+    def __call__(self) -> float:
+        self.time_s += self.step_s
+        return self.time_s
+
+
+@pytest.fixture
+def folder(small) -> Path:
+    return Path(small["runs_dir"]) / "run"
+
+
+def test_run_folder(track, small, folder, capsys):
+    assert track.main(flags(**small)) == 0
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    code = {f"code/{name}" for name in track.SCRIPT_FILES}
+    final = {"final/members.json", "final/epoch_01.safetensors", "final/epoch_02.safetensors"}
+    assert names == {"config.json", "log.txt", "metrics.jsonl", "curve.png", "result.json"} | code | final
+
+    saved, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+    assert saved["track"] == result["track"] and saved["run_id"] == result["run_id"]
+    assert saved["overrides"] == {k: v for k, v in small.items() if v != getattr(track.Config(), k)}
+    assert track.Config(**saved["config"]) == track.Config(**small)
+    for name in track.SCRIPT_FILES:
+        assert (folder / "code" / name).read_bytes() == (Path(track.__file__).parent / name).read_bytes()
+    assert result["code_sha256"] == saved["code_sha256"] == track.code_sha256(folder / "code")
+    assert result["final_sha256"] == {path.name: track.sha256_file(path) for path in (folder / "final").iterdir()}
+
+    log = (folder / "log.txt").read_text().splitlines()
+    assert all(line.startswith(saved["run_id"] + " ") for line in log)
+    printed = capsys.readouterr().out
+    for line in log:
+        assert line.removeprefix(saved["run_id"] + " ") in printed
+    assert "step 5/11 | train " in printed and " | eta " in printed and "projected training time" in printed
+
+    steps, validations = read_metrics(folder)
+    assert [line["step"] for line in steps] == list(range(1, 12))
+    assert {line["run"] for line in steps + validations} == {saved["run_id"]}
+    assert [line["tokens"] for line in steps] == [1024 * i for i in range(1, 12)]
+    assert [line["epoch"] for line in steps] == [1] * 6 + [2] * 5
+    assert [line["replay"] for line in steps] == [False] * 6 + [True] * 5
+    assert sum(line["dt_s"] for line in steps) == pytest.approx(result["train_time_s"])
+    assert result["train_time_s"] <= result["wall_time_s"]
+    assert [(line["step"], line["epoch"]) for line in validations] == [(6, 1), (11, 2)]
+
+    assert result["status"] == "finished" and result["stopped_by"] == "steps"
+    assert (result["steps"], result["tokens"], result["epochs"]) == (11, 11264, 2)
+    assert result["val_tokens"] == 51 * 32 and result["val_loss"] == result["readouts"]["probability_average"]
+    assert result["best_val_loss"] == min(result["readouts"].values())
+    assert [line["val_loss"] for line in validations] == [result["readouts"][f"epoch_{i}"] for i in (1, 2)]
+    assert result["readouts"].keys() > {"probability_average_equal_weights", "weight_average"}
+    assert result["holdout_loss"] is not None and result["holdout_loss"] != result["val_loss"]
+    assert result["eligible"] is False and "the data are not the official files" in result["not_eligible_because"]
+    assert result["data_efficiency"] is None and result["torch"] == torch.__version__
+
+
+def test_the_model_learns(track, small, folder):
+    """From ln 97 nats towards the 1.39 of the small data, with every technique on."""
+    values = {"eval_initial": True, "dropout": 0.05, "stochastic_depth": 0.05, "num_epochs": 5, "lr_multiplier": 2.0}
+    assert track.main(flags(**small | values)) == 0
+    _, validations = read_metrics(folder)
+    assert validations[0]["step"] == 0 and validations[0]["val_loss"] == pytest.approx(4.575, abs=0.01)
+    assert validations[-1]["val_loss"] < 3.0
+    assert "initial" not in json.loads((folder / "result.json").read_text())["readouts"]
+
+
+def test_a_smaller_device_batch_is_the_same_mathematics(track, small):
+    losses = {}
+    for device_batch in (0, 1):
+        values = {"device_batch": device_batch, "run_name": f"run{device_batch}", "dtype": "float64"}
+        assert track.main(flags(**small | values)) == 0
+        steps, _ = read_metrics(Path(small["runs_dir"]) / f"run{device_batch}")
+        losses[device_batch] = [line["train_loss_with_mtp"] for line in steps]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-9)
+
+
+def test_meta_gradient_halves_a_single_micro_step(track, small, folder):
+    """With two micro-steps of 2, or one of 4, the same 32 sequences make each step, and the halves differ."""
+    trainer, _ = track.set_up(flags(**small | {"micro_batch": 4}))
+    assert trainer.config.micro_steps == 1
+    pieces = trainer.pieces(torch.arange(4 * 33).view(1, 4, 33))
+    assert [(k, rows[:, 0].tolist()) for k, rows in pieces] == [(0, [0, 33]), (0, [66, 99])]
+    plain, _ = track.set_up(flags(**small | {"micro_batch": 4, "meta_gradient": False, "run_name": "plain"}))
+    assert len(plain.pieces(torch.zeros(1, 4, 33))) == 1
+    assert trainer.train_step(0)() == pytest.approx(plain.train_step(0)(), abs=0.05)
+    same = [torch.equal(a, b) for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True)]
+    assert not all(same)
+
+
+def test_the_cap_stops_before_the_step_that_would_pass_it(track, small, folder, capsys):
+    """A fake clock, 1 s a step, and a cap of 7.5 s: 7 steps, a readout, and no more steps after that."""
+    trainer, _ = track.set_up(flags(**small | {"time_cap_min": 7.5 / 60}))
+    trainer.clock = track.Clock(FakeTime())
+    trainer.fit()
+    assert (trainer.step, trainer.stopped_by, trainer.clock.train_time_s) == (7, "time_cap", 7.0)
+    assert trainer.run.load_checkpoint()[1]["stopped_by"] == "time_cap"
+    trainer.finish()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["stopped_by"] == "time_cap" and result["steps"] == 7 and result["epochs"] == 1
+    assert list(result["readouts"])[:2] == ["epoch_1", "epoch_2_cut_short"]
+    members = json.loads((folder / "final" / "members.json").read_text())["members"]
+    assert [(m["step"], m["weight"]) for m in members] == [(6, pytest.approx(1 / 3)), (7, pytest.approx(2 / 3))]
+    assert "stopped by time_cap after 7 steps" in capsys.readouterr().out
+
+
+def test_a_cap_before_the_first_member_still_gives_a_readout(track, small, folder):
+    trainer, _ = track.set_up(flags(**small | {"time_cap_min": 3.5 / 60, "readout_epochs": 1}))
+    trainer.clock = track.Clock(FakeTime())
+    trainer.fit()
+    trainer.finish()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 3 and result["val_loss"] == pytest.approx(result["readouts"]["epoch_1_cut_short"])
+
+
+def test_without_a_cap_all_steps_run(track, small, folder):
+    trainer, _ = track.set_up(flags(**small | {"time_cap_min": 0}))
+    trainer.clock = track.Clock(FakeTime(1e6))
+    trainer.fit()
+    assert trainer.stopped_by == "steps" and trainer.step == 11
+    trainer.finish()
+    assert "the cap of 60 min is lifted" in json.loads((folder / "result.json").read_text())["not_eligible_because"]
+
+
+def test_clock_counts_steps_alone(track, small, monkeypatch):
+    """Validation and checkpoints that take an hour each do not count."""
+    trainer, _ = track.set_up(flags(**small | {"checkpoint_min": 0.0}))
+    fake = FakeTime()
+    trainer.clock = track.Clock(fake)
+
+    def slowly(function):
+        def wrapped(*args, **kwargs):
+            fake.time_s += 3600
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(trainer, "validate", slowly(trainer.validate))
+    monkeypatch.setattr(trainer, "save_checkpoint", slowly(trainer.save_checkpoint))
+    trainer.fit()
+    assert trainer.clock.train_time_s == 11.0
+
+
+def test_projection_warns_of_the_cap(track, small, capsys):
+    trainer, _ = track.set_up(flags(**small | {"num_epochs": 4, "time_cap_min": 15 / 60}))
+    trainer.clock = track.Clock(FakeTime())
+    trainer.fit()
+    printed = capsys.readouterr().out
+    assert "projected training time 0.4 min, cap 0.25 min" in printed
+    assert "WARNING: training will stop early, at the cap; --time-cap-min 0" in printed
+
+
+def test_a_full_disk_does_not_end_the_run(track, small, folder, monkeypatch, capsys):
+    """From step 8 on no checkpoint can be written: it is said, the older ones stay, the result is complete."""
+    trainer, _ = track.set_up(flags(**small | {"checkpoint_min": 0.0}))
+    save = torch.save
+
+    def on_a_full_disk(content, path):
+        if trainer.step >= 8:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", on_a_full_disk)
+    trainer.fit()
+    assert [path.name for path in trainer.run.checkpoints()] == ["step_0000006.json", "step_0000007.json"]
+    assert not list((folder / "checkpoints").glob("*.tmp")) and trainer.run.load_checkpoint()[1]["step"] == 7
+    printed = capsys.readouterr().out
+    assert "checkpoint at step 8 NOT saved: OSError, [Errno 28] No space left on device" in printed
+    assert "GiB free). The run goes on, and earlier checkpoints stay" in printed
+    trainer.finish()
+    assert json.loads((folder / "result.json").read_text())["steps"] == 11
+
+
+def test_members_wait_in_memory_for_space(track, small, folder, monkeypatch):
+    """The disk is full at the end of the first epoch and has space again at that of the second: nothing is lost."""
+    trainer, _ = track.set_up(flags(**small))
+    save_file, full = track.save_file, []
+
+    def on_a_full_disk(tensors, path):
+        if trainer.step < 11:
+            full.append(path)
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(track, "save_file", on_a_full_disk)
+    trainer.fit()
+    assert full and not trainer.unsaved
+    trainer.finish()
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result["final_sha256"]) == {"epoch_01.safetensors", "epoch_02.safetensors", "members.json"}
+
+
+def test_a_result_without_its_members_is_not_eligible(track, small, folder, monkeypatch):
+    def on_a_full_disk(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(track, "save_file", on_a_full_disk)
+    assert track.main(flags(**small)) == 0
+    result = json.loads((folder / "result.json").read_text())
+    assert any("final/ is incomplete" in reason for reason in result["not_eligible_because"])
+    assert result["val_loss"] == pytest.approx(result["readouts"]["epoch_2"], abs=0.5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(track, small, folder, monkeypatch, capsys):
+    step_of = track.Trainer.train_step
+
+    def poisoned(trainer, step):
+        if step == 7:
+            trainer.model.lm_head.weight.data[3, 5] = torch.nan
+        return step_of(trainer, step)
+
+    monkeypatch.setattr(track.Trainer, "train_step", poisoned)
+    assert track.main(flags(**small)) == 1
+    printed = capsys.readouterr().out
+    assert "stopped: the training loss is nan at step 8" in printed and "step_0000006" in printed
+    content = torch.load(folder / "non_finite.pt", weights_only=True)
+    assert content["step"] == 8 and content["tokens"].shape == (8, 2, 2, 33)
+    assert content["norms"]["lm_head.weight"] != content["norms"]["lm_head.weight"]
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["stopped_by"], result["steps"]) == ("failed", "non_finite_loss", 8)
+    assert "val_loss" not in result
+
+    monkeypatch.setattr(track.Trainer, "train_step", step_of)  # the cause is gone: the run can go on
+    assert track.main(["--resume", str(folder)]) == 0
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+
+
+def test_eligibility(track):
+    """A result of the right kind is eligible; each thing that is not right is a reason by itself."""
+    config, official = track.Config(), dict(track.OFFICIAL_SHA256)
+    targets = config.val_sequences * config.sequence_len
+    good = {"data_sha256": official | {"holdout": "x"}, "holdout_loss": 3.2, "val_tokens": targets, "val_loss": 3.183}
+    good |= {"train_time_s": 3590.0, "world_size": 8, "device": "NVIDIA H100 80GB HBM3"}
+    assert track.ineligible(config, good) == []
+    wrong = [
+        ({"data_sha256": official | {"val": "other"}}, "the data are not the official files"),
+        ({"holdout_loss": None}, "there is no holdout"),
+        ({"val_tokens": targets - 2048}, "validation targets, not"),
+        ({"train_time_s": 60 * config.time_cap_min + 1}, "training took longer"),
+        ({"world_size": 4}, "other hardware"),
+        ({"device": "NVIDIA A100"}, "other hardware"),
+        ({"val_loss": float("nan")}, "not finite"),
+    ]
+    for change, reason in wrong:
+        reasons = track.ineligible(config, good | change)
+        assert len(reasons) == 1 and reason in reasons[0]
+    assert "is lifted" in track.ineligible(track.Config(time_cap_min=0), good)[0]
+    assert "is lifted" in track.ineligible(track.Config(time_cap_min=61), good)[0]
+
+
+def test_wandb(track, small, folder, monkeypatch, capsys):
+    """Offline when asked for; off without a key; a failure is fatal only if it was asked for."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert track.main(flags(**small | {"wandb": "offline", "log_every": 2})) == 0
+    assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "wandb offline" in capsys.readouterr().out
+
+    import wandb
+
+    def fail(**options):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    assert track.main(flags(**small | {"wandb": "online", "run_name": "asked"})) == 2
+    assert "--wandb online failed (RuntimeError: no network)" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert track.main(flags(**small | {"run_name": "found"})) == 0
+    assert "wandb off, since it failed (RuntimeError: no network)" in capsys.readouterr().out
+
+
+BAD_FLAGS = [
+    ({"num_epochs": 0}, "--num-epochs is 0: it must be at least 1"),
+    ({"batch_tokens": 1000}, "batch_tokens 1000 is not a multiple of 8 virtual ranks x micro_batch 2 x sequence_len"),
+    ({"n_head": 3}, "n_embd 32 / n_head 3"),
+    ({"n_layer": 3}, "n_layer 3 is odd"),
+    ({"replay_start": 0}, "replay range [0, 2) is not inside the decoder, layers 1 to 1"),
+    ({"replay_end": 3}, "replay range [1, 3)"),
+    ({"micro_batch": 3, "batch_tokens": 768}, "the meta-gradient cannot halve 1 micro-step(s) of 3 sequences"),
+    ({"batch_tokens": 1536}, "the meta-gradient cannot halve 3 micro-step(s)"),
+    ({"device_batch": 3}, "device_batch 3 does not divide micro_batch 2"),
+    ({"sequence_len": 3}, "sequence_len 3 is too short"),
+    ({"sequence_len": 2048, "batch_tokens": 65536}, "lower --sequence-len"),
+    ({"window_pattern": "SXL"}, "must be of letters S and L"),
+    ({"dropout": 1.0}, "dropout 1.0 is not in [0, 1)"),
+    ({"swa_epochs": 3}, "swa_epochs exceeds num_epochs 2"),
+    ({"readout_epochs": 3}, "readout_epochs exceeds num_epochs 2"),
+    ({"warmdown": 1.5}, "warmdown 1.5 is not in [0, 1]"),
+    ({"vocab_size": 50257}, "is of another tokenizer"),
+    ({"data_dir": "nowhere"}, "nowhere/fineweb_train.pt not found: run python prepare_data.py"),
+    ({"attention": "varlen"}, "--attention varlen needs a GPU"),
+    ({"device": "cuda"}, "torch finds no CUDA GPU here"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_FLAGS, ids=[str(change) for change, _ in BAD_FLAGS])
+def test_bad_settings_are_refused_before_anything_is_written(track, small, folder, capsys, change, message):
+    if change == {"device": "cuda"} and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert track.main(flags(**small | change)) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not folder.exists()
+
+
+def test_unknown_flags_and_values_are_refused(track, capsys):
+    for arguments in (["--n-layers=4"], ["--n-lay=4"], ["--n-layer=many"], ["--device=tpu"]):
+        with pytest.raises(SystemExit) as caught:
+            track.main(arguments)
+        assert caught.value.code == 2
+    assert "unrecognized arguments: --n-layers=4" in capsys.readouterr().err
+
+
+def test_run_folders_that_cannot_be_made(track, small, folder, tmp_path, capsys):
+    folder.mkdir(parents=True)
+    assert track.main(flags(**small)) == 2
+    assert f"{folder} exists: choose another --run-name, or continue it: --resume {folder}" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert track.main(flags(**small | {"runs_dir": str(tmp_path / "file")})) == 2
+    assert "choose another --runs-dir" in capsys.readouterr().err
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert track.main(flags(**small | {"runs_dir": str(tmp_path / "locked")})) == 2
+        assert "Permission denied" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_write_to_one_run(track, small, folder, capsys):
+    first, _ = track.set_up(flags(**small))
+    assert track.main(["--resume", str(folder)]) == 2
+    assert "another process is writing" in capsys.readouterr().err
+    first.run.close()
+
+
+def test_full_size_without_a_gpu(track, data_dir, tmp_path, capsys):
+    """A clear message with the memory it would need and what to run instead."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert track.main(flags(runs_dir=str(tmp_path / "runs"), data_dir=str(data_dir))) == 2
+    error = capsys.readouterr().err
+    assert "1,444M parameters need 32 GiB per process for weights, gradients and optimizer, about" in error
+    assert "this machine has" in error and "no GPU" in error and "make demo" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_flag_has_a_help_text(track, capsys):
+    with pytest.raises(SystemExit):
+        track.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for name in track.Config.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in printed
+    assert "first epoch with layer replay (0: never) [7]" in printed
+
+
+def test_importing_the_script_does_nothing(track):
+    """So that tests and the referee can import it; and the script imports packages and the root's modules alone."""
+    source = Path(track.__file__).read_text()
+    assert source.rstrip().split("\n\n\n")[-1].startswith('if __name__ == "__main__":')
+    assert Path(track.__file__).is_relative_to(ROOT)
