@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -26,7 +27,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,8 +40,9 @@ FINEWEB = ("HuggingFaceFW/fineweb", "sample-10BT")
 SPLITS = ("val", "train", "holdout")  # the order in which they are cut from the stream
 BUDGETS = {"fineweb": (10_000_000, 100_000_000, 10_000_000), "demo": (65_000, 320_000, 65_000)}
 SEQ_SIZE = 2049
-BATCH_CHARS = 1 << 20  # text that a thread tokenizes at a time
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text"}  # in `datasets`
+BATCH_CHARS = 1 << 18  # text that a thread tokenizes at a time
+TEXT_FILES = (".txt", ".md")
+READABLE = (".parquet", ".jsonl", ".json", *TEXT_FILES)
 
 
 # ======================================================================================================================
@@ -146,28 +147,47 @@ def fineweb_revision() -> str:
 def local_files(source: Path) -> list[Path]:
     """The files of a source that can be read, sorted by path."""
     if not source.exists():
-        raise ValueError(f"{source} not found: --source is fineweb, demo, or a file or folder ({', '.join(READERS)})")
+        raise ValueError(f"{source} not found: --source is fineweb, demo, or a file or folder ({', '.join(READABLE)})")
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    files = [path for path in files if path.suffix in READERS]
+    files = [path for path in files if path.suffix in READABLE]
     if not files:
-        raise ValueError(f"{source} has no files that can be read: {', '.join(READERS)}")
+        raise ValueError(f"{source} has no files that can be read: {', '.join(READABLE)}")
     return files
 
 
 def local_documents(files: list[Path], text_field: str) -> Iterator[str]:
     """Rows of parquet and JSON lines files by their text field, text files whole."""
-    from datasets import load_dataset
-
-    for reader, group in groupby(files, key=lambda path: READERS[path.suffix]):
-        paths = [str(path) for path in group]
-        options, field = ({"sample_by": "document"}, "text") if reader == "text" else ({}, text_field)
-        for row in load_dataset(reader, data_files=paths, split="train", streaming=True, **options):
-            if not isinstance(row.get(field), str):
+    for path in files:
+        if path.suffix in TEXT_FILES:
+            yield path.read_text(encoding="utf-8", errors="replace")
+            continue
+        for number, row in enumerate(read_parquet(path) if path.suffix == ".parquet" else read_json_lines(path), 1):
+            text = row.get(text_field)
+            if not isinstance(text, str):
+                fields = ", ".join(sorted(row))
                 raise ValueError(
-                    f"a document of {paths[0]}{' or the files after it' * (len(paths) > 1)} has no text in field "
-                    f"{field!r}: --text-field names the field, one of {sorted(row)}"
+                    f"{path}, row {number}, has no text in {text_field!r}: --text-field names one of {fields}"
                 )
-            yield row[field]
+            yield text
+
+
+def read_parquet(path: Path) -> Iterator[dict]:
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        yield from batch.to_pylist()
+
+
+def read_json_lines(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON ({error}): one object a line is needed") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}, is not a JSON object: one object a line is needed")
+            yield row
 
 
 def demo_documents() -> Iterator[str]:
@@ -256,6 +276,13 @@ def save_shard(path: Path, tokens: np.ndarray, doc_starts: np.ndarray, bos_id: i
     torch.save(content, path)
 
 
+def entropy(tokens: np.ndarray) -> float:
+    """Of single tokens, in nats: the loss of the best model without context. In pieces, to save memory."""
+    pieces = np.array_split(tokens, len(tokens) // 1_000_000 + 1)
+    shares = sum(np.bincount(piece, minlength=1 << 16) for piece in pieces) / len(tokens)
+    return float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())
+
+
 def prepare(
     documents: Iterable[str], tokenizer, budgets: dict[str, int], data_dir: Path, origin: dict, threads: int
 ) -> dict:
@@ -278,10 +305,8 @@ def prepare(
             path = Path(staging) / f"fineweb_{split}.pt"
             save_shard(path, tokens, doc_starts, tokenizer.bos_id, split)
             splits[split] = {"tokens": len(tokens), "documents": len(doc_starts), "sha256": sha256_file(path)}
-            counts = np.bincount(tokens) / len(tokens)
-            entropy = -(counts[counts > 0] * np.log(counts[counts > 0])).sum()
             sizes = f"{len(tokens):,} tokens, {len(doc_starts):,} documents"
-            bar.write(f"{split}: {sizes}, entropy of its single tokens {entropy:.4f} nats")
+            bar.write(f"{split}: {sizes}, entropy of its single tokens {entropy(tokens):.4f} nats")
         meta = origin | {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
         meta |= {"splits": splits, "token_bytes": tokenizer.token_bytes()}
         write_json(Path(staging) / "meta.json", meta)

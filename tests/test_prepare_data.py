@@ -86,13 +86,18 @@ def test_one_file_and_another_text_field(tmp_path):
 def test_bad_sources_are_refused(tmp_path, capsys):
     source = write_texts(tmp_path / "texts", "jsonl")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": ')
+    (tmp_path / "list.json").write_text('["one", "two"]')
     cases = [
         (["--source=nowhere"], "nowhere not found: --source is fineweb, demo, or a file or folder"),
         ([f"--source={tmp_path / 'empty'}"], "has no files that can be read: .parquet"),
         (
             [f"--source={source}", "--text-field=body"],
-            "has no text in field 'body': --text-field names the field, one of",
+            "a.jsonl, row 1, has no text in 'body': --text-field names one of n",
         ),
+        ([f"--source={source}", "--text-field=n"], "a.jsonl, row 1, has no text in 'n'"),
+        ([f"--source={tmp_path / 'broken.jsonl'}"], "broken.jsonl, line 2, is not JSON"),
+        ([f"--source={tmp_path / 'list.json'}"], "list.json, line 1, is not a JSON object"),
         ([f"--source={source}", "--train-tokens=100000"], "the source ended after"),
         ([f"--source={source}", "--train-tokens=0"], "must be positive"),
     ]
