@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
 
@@ -165,8 +166,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor
     B, T, H, D = q.shape
     everything = window >= T - 1
     if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
         borders = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
         # contiguous, because the operator promises the compiler outputs and gradients laid out like its inputs
         q, k, v = (t.reshape(B * T, H, D).contiguous() for t in (q, k, v))
@@ -528,15 +527,23 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
     return wanted if wanted != "auto" else "varlen" if able else "sdpa"
 
 
-@torch.no_grad()
 def attention_error(config: GPTConfig, device: torch.device, backend: str) -> float:
-    """Largest difference of a backend in bfloat16 from sdpa in float32, on random q, k, v in the model's windows."""
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (3, 2, config.sequence_len, config.n_head, config.n_embd // config.n_head)
-    qkv = torch.randn(shape, generator=generator, device=device).bfloat16()
-    windows = {config.window(i) for i in range(config.n_layer)}
-    errors = [attend(*qkv, w, backend).float() - attend(*qkv.float(), w, "sdpa") for w in windows]
-    return max(error.abs().max().item() for error in errors)
+    """Largest error of a backend in bfloat16, of its output and gradients on random q, k, v in the model's windows.
+
+    The reference is sdpa in float32; an error is relative to the largest value.
+    """
+    generator, worst = torch.Generator(device).manual_seed(0), 0.0
+    shape = (4, 2, config.sequence_len, config.n_head, config.n_embd // config.n_head)
+    *qkv, weight = torch.randn(shape, generator=generator, device=device).bfloat16()
+    for window in {config.window(i) for i in range(config.n_layer)}:
+        results = []
+        for name, dtype in ((backend, torch.bfloat16), ("sdpa", torch.float32)):
+            inputs = [t.to(dtype).requires_grad_() for t in qkv]
+            output = attend(*inputs, window, name)
+            results.append([output, *torch.autograd.grad(output, inputs, weight.to(dtype))])
+        for found, expected in zip(*results, strict=True):
+            worst = max(worst, ((found.float() - expected).abs().max() / expected.abs().max()).item())
+    return worst
 
 
 def flops_per_token(config: GPTConfig, replay: bool) -> float:

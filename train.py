@@ -215,7 +215,7 @@ class World:
             except (ValueError, OSError) as error:
                 outcome[1] = str(error)
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if outcome[1] is not None:
             raise ValueError(outcome[1]) if self.main else SystemExit(2)
         return outcome[0]
@@ -312,8 +312,8 @@ def polar_express(x: Tensor) -> Tensor:
 def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
     """A Muon step, in place: the momentum, made orthogonal, evened out over rows (or columns); cautious weight decay.
 
-    p, grad, momentum (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay, mu () float64; dtype
-    is that of the orthogonalisation. Row norms: MuonEq-R (arXiv 2603.28254). Variance: NorMuon (arXiv 2510.05491).
+    p, grad, momentum (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay, mu (); dtype is that
+    of the orthogonalisation. Row norms: MuonEq-R (arXiv 2603.28254). Variance: NorMuon (arXiv 2510.05491).
     """
     momentum.copy_(mu * momentum + (1 - mu) * grad)
     u = (1 - mu) * grad + mu * momentum  # Nesterov
@@ -414,7 +414,8 @@ class MuonAdamW:
     def step(self, lr: float, weight_decay: float, mu: float) -> None:
         """Update the parameters from their gradients, and clear these. lr and weight_decay multiply the table's."""
         self.steps += 1
-        lr, decay, mu, step = (torch.tensor(value, dtype=torch.float64) for value in (lr, weight_decay, mu, self.steps))
+        dtype = self.buckets[0].grads.dtype
+        lr, decay, mu, step = (torch.tensor(value, dtype=dtype) for value in (lr, weight_decay, mu, self.steps))
         parts, sums, gathers = [bucket.grads[bucket.own] for bucket in self.buckets], [], []
         if self.world.size > 1:
             parts = [torch.empty_like(part) for part in parts]
@@ -467,29 +468,33 @@ class MuonAdamW:
 
 
 @torch.no_grad()
-def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, first, second, eta: float) -> None:
-    """Add the gradient of a virtual rank to the parameters' .grad, with the meta-gradient step.
+def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, eta: float) -> None:
+    """Add the gradient of a virtual rank to the parameters' .grad, with or without the meta-gradient step.
 
-    first() and second() run forward and backward over half of its micro-steps each, into the gradients of `weights`.
-    For second the Muon matrices are moved by eta down the first half's gradient (one norm over all of them). The moved
-    point is made from the float32 masters and rounded once; the masters are never written to.
+    halves: two functions that run forward and backward over half of its micro-steps each, into the gradients of
+    `weights`; or one that does all of it. For the second half the Muon matrices are moved by eta down the first half's
+    gradient (one norm over all of them). The moved point is made from the float32 masters and rounded once; the masters
+    are never written to.
     """
+
+    def run(half) -> None:
+        weights.refresh()
+        with torch.enable_grad():
+            half()
+        weights.pull_back()
+
+    if len(halves) == 1:
+        return run(halves[0])
     matrices = optimizer.matrices
     for bucket in matrices:
         bucket.probe = torch.zeros_like(bucket.grads) if bucket.probe is None else bucket.probe.zero_()
         bucket.use(bucket.values, bucket.probe)
-    weights.refresh()
-    with torch.enable_grad():
-        first()
-    weights.pull_back()
+    run(halves[0])
     length = torch.stack([bucket.probe.norm() for bucket in matrices]).norm().clamp_min(1e-30)
     for bucket in matrices:
         bucket.grads.add_(bucket.probe)
         bucket.use(bucket.probe.mul_(-eta / length).add_(bucket.values), bucket.grads)
-    weights.refresh()
-    with torch.enable_grad():
-        second()
-    weights.pull_back()
+    run(halves[1])
     for bucket in matrices:
         bucket.use(bucket.values, bucket.grads)
 
@@ -756,8 +761,8 @@ class EvalSet:
     def __init__(self, shard: Shard, config: Config, world: World, byte_lengths: Tensor | None):
         sequences = shard.sequences(config.sequence_len + 1)
         order = np.random.RandomState(shard.seq_shuffle_seed).permutation(len(sequences))[: config.val_sequences]
-        self.world, self.batch, self.sequences = world, config.eval_batch, sequences[order[world.rank :: world.size]]
-        self.sequences = torch.from_numpy(self.sequences.astype(np.int64))
+        own = sequences[order[world.rank :: world.size]]
+        self.world, self.batch, self.sequences = world, config.eval_batch, torch.from_numpy(own.astype(np.int64))
         self.bytes = byte_lengths[self.sequences[:, 1:]] if byte_lengths is not None else None
 
     @torch.no_grad()
@@ -1059,7 +1064,8 @@ class Trainer:
             self.model.compile_layers()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         groups = optimizer_groups(config, [name for name, _ in self.model.named_parameters()])
-        orthogonal_dtype = torch.bfloat16 if world.cuda else self.model.lm_head.weight.dtype
+        in_bfloat16 = world.cuda and self.dtype == torch.bfloat16
+        orthogonal_dtype = torch.bfloat16 if in_bfloat16 else self.model.lm_head.weight.dtype
         self.optimizer = MuonAdamW(self.model, groups, world, orthogonal_dtype, self.compiled)
         self.optimizer.broadcast_values()
         self.weights = ComputeWeights(self.model, self.dtype)
@@ -1104,24 +1110,17 @@ class Trainer:
 
     def train_step(self, step: int):
         """Enqueue an optimizer step -> a function that waits for it and returns this process' share of the losses."""
-        c, values = self.config, schedule(self.plan, step)
+        values = schedule(self.plan, step)
         batch = torch.from_numpy(self.loader.batch(step).astype(np.int64))
         if self.world.cuda:
             batch = batch.pin_memory().to(self.world.device, non_blocking=True)
         totals = torch.zeros(2, dtype=self.model.lm_head.weight.dtype, device=self.world.device)
-        if not c.meta_gradient:
-            self.weights.refresh()
         for v, micro_steps in zip(self.world.virtual_ranks, batch, strict=True):
             pieces = list(enumerate(self.pieces(micro_steps)))
+            middle = len(pieces) // 2
+            halves = [pieces[:middle], pieces[middle:]] if self.config.meta_gradient else [pieces]
             run = partial(self.run_pieces, step, v, share=1 / (VIRTUAL_RANKS * len(pieces)), totals=totals)
-            if c.meta_gradient:
-                middle = len(pieces) // 2
-                halves = partial(run, pieces[:middle]), partial(run, pieces[middle:])
-                add_gradient(self.weights, self.optimizer, *halves, values["meta_step"])
-            else:
-                run(pieces)
-        if not c.meta_gradient:
-            self.weights.pull_back()
+            add_gradient(self.weights, self.optimizer, [partial(run, half) for half in halves], values["meta_step"])
         self.optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
         if not self.world.cuda:
             return totals.tolist
@@ -1147,17 +1146,16 @@ class Trainer:
         with torch.random.fork_rng([device] if self.world.cuda else []):
             for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
                 for how in stages.values() if self.world.main == main_turn else ():
-                    self.weights.refresh()
                     shape = (c.micro_steps, c.micro_batch, c.sequence_len + 1)  # graphs depend on shapes and strides
                     rows = self.pieces(torch.randint(c.vocab_size, shape, device=device))[0][1]
-                    rows = rows[: c.device_batch or None]
                     all_dropped = [True] * (len(c.layer_order(**how)) + 1)
                     for dropped in (None, all_dropped) if c.stochastic_depth else (None,):
-                        self.backward(rows, 1.0, dropped=dropped, **how)
+                        run = partial(self.backward, rows[: c.device_batch or None], 1.0, dropped=dropped, **how)
+                        add_gradient(self.weights, self.optimizer, [run] * (1 + c.meta_gradient), 0.0)
                     batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
                     self.token_losses(batch[:, :-1], batch[:, 1:], **how)
-                    self.weights.clear_gradients()
                 self.world.sum([0])
+        self.optimizer.zero_grad()
         self.optimizer.step(0.0, 0.0, 0.95)  # no gradient and no rate: compiles and connects, but changes nothing
         self.optimizer.steps = 0
 

@@ -86,12 +86,10 @@ def test_meta_gradient(dtype):
         loss, _ = model.training_loss(*golden_tokens(seed), weights.tensors)
         (loss / 2).backward()
         losses.append(loss.item())
-        if len(losses) == 1:
-            weights_before_second.append({name: p.detach().clone() for name, p in model.named_parameters()})
 
-    weights_before_second: list = []
     seed = LIMITED["config"]["param_seed"] + 700
-    train.add_gradient(weights, optimizer, partial(half, seed), partial(half, seed + 1), expected["step_norm"])
+    halves = [partial(half, seed), partial(half, seed + 1)]
+    train.add_gradient(weights, optimizer, halves, expected["step_norm"])
     assert losses[0] == pytest.approx(expected["loss_first_half"], rel=tolerance)
     assert losses[1] == pytest.approx(expected["loss_second_half_at_adapted_point"], rel=tolerance)
     assert sum(len(bucket.params) for bucket in optimizer.matrices) == expected["num_matrices"]

@@ -60,6 +60,19 @@ def test_attention_window(window):
     torch.testing.assert_close(attend(q, k, v, window, "sdpa"), expected)
 
 
+def test_attention_error_finds_a_wrong_backend(monkeypatch):
+    """By this the warm-up checks a GPU's attention: small for the right one, large for a window that is off by one."""
+    config = dataclasses.replace(CONFIG, sequence_len=64)
+    assert model_module.attention_error(config, torch.device("cpu"), "sdpa") < 0.02
+    attend_right = model_module.attend
+
+    def attend_wrong(q, k, v, window, backend):
+        return attend_right(q, k, v, window - (backend == "wrong"), "sdpa")
+
+    monkeypatch.setattr(model_module, "attend", attend_wrong)
+    assert model_module.attention_error(config, torch.device("cpu"), "wrong") > 0.1
+
+
 def test_windows_and_layer_order_of_the_record():
     config = GPTConfig()
     assert [config.window(i) for i in (0, 1, 2, 3, 28, 29)] == [1024, 1024, 1024, 2048, 1024, 2048]
