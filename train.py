@@ -925,9 +925,28 @@ def draw_curve(folder: Path) -> None:
             label = f"{label}: {points[-1][1]:.4f}"
             axes.plot(*zip(*points, strict=True), style, linewidth=1, markersize=4, label=label)
             axes.legend()
+    losses = [line.get("train_loss", line.get("val_loss")) for line in lines]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    if len(losses) > 100:  # the fall of the first steps would leave no room for what follows
+        axes.set_ylim(min(losses) - 0.1, float(np.quantile(losses, 0.97)) + 0.2)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=folder.name)
     axes.grid(alpha=0.3)
     write_atomically(folder / "curve.png", partial(figure.savefig, format="png", dpi=120))
+
+
+class Lines:
+    """A file that grows by lines. What a full disk refuses waits in memory and is tried again with the next line."""
+
+    def __init__(self, path: Path):
+        self.file, self.waiting = open(path, "ab", buffering=0), b""
+
+    def write(self, text: str) -> None:
+        self.waiting += text.encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError:
+            pass
 
 
 class Run:
@@ -937,10 +956,9 @@ class Run:
         self.folder, self.run_id, self.main, self.wandb, self.bar = Path(folder), run_id, main, None, None
 
     def open(self) -> None:
-        self.log_file = open(self.folder / "log.txt", "a", buffering=1)
-        self.metrics_file = open(self.folder / "metrics.jsonl", "a", buffering=1)
+        self.log_lines, self.metrics = Lines(self.folder / "log.txt"), Lines(self.folder / "metrics.jsonl")
         try:
-            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.log_lines.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {self.folder}: wait for its end, or stop it") from None
 
@@ -948,8 +966,8 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         if self.main:
-            self.log_file.close()
-            self.metrics_file.close()
+            self.log_lines.file.close()
+            self.metrics.file.close()
 
     def start_wandb(self, config: Config) -> str:
         """Weights & Biases, where wanted -> what the header says of it. Where no --wandb asks for it, it may fail."""
@@ -976,21 +994,22 @@ class Run:
             if screen:
                 tqdm.write(text)
                 sys.stdout.flush()
-            self.log_file.writelines(f"{self.run_id} {line}\n" for line in text.splitlines())
+            self.log_lines.write("".join(f"{self.run_id} {line}\n" for line in text.splitlines()))
 
     def progress(self, done: int, total: int, parts: list[str], printed: bool) -> None:
         """A step is done: move the bar on a terminal; elsewhere, and in log.txt, print a line if it is its turn."""
+        line = " | ".join([f"step {done}/{total}", *parts])
         if self.main and sys.stderr.isatty():
-            self.bar = self.bar or tqdm(total=total, initial=done - 1, unit="step", dynamic_ncols=True)
-            self.bar.set_postfix_str(" | ".join(parts), refresh=False)
+            self.bar = self.bar or tqdm(total=total, initial=done - 1, bar_format="{bar:20} {desc}", dynamic_ncols=True)
+            self.bar.set_description_str(line, refresh=False)
             self.bar.update()
         if printed:
-            self.log(" | ".join([f"step {done}/{total}", *parts]), screen=self.bar is None)
+            self.log(line, screen=self.bar is None)
 
     def record(self, values: dict, to_wandb: bool = True) -> None:
         """A line of metrics.jsonl."""
         if self.main:
-            self.metrics_file.write(json.dumps({"run": self.run_id} | values) + "\n")
+            self.metrics.write(json.dumps({"run": self.run_id} | values) + "\n")
             if self.wandb is not None and to_wandb:
                 self.wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
 
@@ -1000,9 +1019,9 @@ class Run:
         lines = path.read_text().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]  # the last may be half written
         kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
-        self.metrics_file.close()
+        self.metrics.file.close()
         write_atomically(path, lambda temporary: temporary.write_text(kept))
-        self.metrics_file = open(path, "a", buffering=1)
+        self.metrics = Lines(path)
 
     def checkpoints(self) -> list[Path]:
         """The complete ones, oldest first: a .json is written once its .pt is on the disk, and has the hash of it."""
@@ -1264,7 +1283,10 @@ class Trainer:
         bpb = f" | {score.bpb:.4f} bits per byte" if score.bpb else ""
         self.run.log(f"{name} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}")
         if self.world.main:
-            draw_curve(self.run.folder)
+            try:
+                draw_curve(self.run.folder)
+            except Exception as error:  # a full disk, or a library's fault: no reason to end a run
+                self.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
@@ -1383,25 +1405,30 @@ class Trainer:
         final = [member | {"weight": weight} for member, weight in zip(members, weights, strict=True)]
         return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": final}
 
-    def finish(self) -> None:
-        """Read out, write result.json, clean up, and print the final block."""
+    def finish(self) -> int:
+        """Read out, print the final block, write result.json, clean up -> the exit code."""
         val, holdout, final = self.read_out()
         if not self.world.main:
-            return
+            return 0
         folder, incomplete = self.run.folder, self.save_members()
-        for path in (folder / "final").iterdir():
-            if path.name not in [member["file"] for member in final["members"]]:
-                path.unlink()
-        write_json(folder / "final" / "members.json", final)
-        result = self.result(val, holdout)
-        reasons = ineligible(self.config, result) + [f"final/ is incomplete: {incomplete}"] * bool(incomplete)
-        result |= {"eligible": not reasons, "not_eligible_because": reasons}
-        write_json(folder / "result.json", result)
+        try:
+            for path in (folder / "final").iterdir():
+                if path.name not in [member["file"] for member in final["members"]]:
+                    path.unlink()
+            write_json(folder / "final" / "members.json", final)
+            result = self.result(val, holdout)
+            reasons = ineligible(self.config, result) + [f"final/ is incomplete: {incomplete}"] * bool(incomplete)
+            result |= {"eligible": not reasons, "not_eligible_because": reasons}
+            self.run.log(final_block(result, folder))
+            write_json(folder / "result.json", result)
+        except OSError as error:
+            self.run.log(f"the result is NOT written ({error}): make space, then --resume {folder} reads out again")
+            return 1
         shutil.rmtree(folder / "checkpoints")
-        self.run.log(final_block(result, folder))
         if self.run.wandb is not None:
             self.run.wandb.summary.update(result)
             self.run.wandb.finish()
+        return 0
 
     def result(self, val: Score, holdout: Score | None) -> dict:
         """What result.json says, but for eligibility."""
@@ -1458,7 +1485,7 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wa
         "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
         "settings": settings,
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
-        "device": f"{device}, attention {trainer.model.backend}, {compiled}, about {needed_gib:.1f} GiB per process",
+        "device": f"{device}, attention {trainer.model.backend}, {compiled}, about {needed_gib:.2g} GiB per process",
         "data": f"{c.data_dir}: {data}",
         "model": f"{trainer.num_parameters:,} parameters",
         "plan": f"{trainer.plan.num_steps:,} steps of {c.batch_tokens:,} tokens, {c.num_epochs} epochs, "
@@ -1537,8 +1564,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer.fit()
         if trainer.stopped_by == "signal":
             return trainer.say_how_to_resume()
-        trainer.finish()
-        return 0
+        return trainer.finish()
     except NonFiniteLoss as error:
         trainer.run.log(f"stopped: {error}")
         return 1

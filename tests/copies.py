@@ -32,7 +32,16 @@ SHARED = {  # never adapted: each script must have a copy of each
     "data order": ["Plan", "Shard", "TrainLoader", "load_data", "load_shard", "read_meta", "sha256_file"],
     "validation": ["EvalSet", "Score", "data_efficiency", "token_byte_lengths"],
     "clock": ["Clock"],
-    "run folder": ["Run", "code_sha256", "create_run", "draw_curve", "open_run", "write_atomically", "write_json"],
+    "run folder": [
+        "Lines",
+        "Run",
+        "code_sha256",
+        "create_run",
+        "draw_curve",
+        "open_run",
+        "write_atomically",
+        "write_json",
+    ],
     "checkpoint": ["Trainer.resume", "Trainer.save_checkpoint", "Trainer.save_members"],
 }
 

@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_refused(track, stopped, capsys):
 def test_killed_before_the_first_checkpoint(track, small, folder):
     trainer, _ = track.set_up(flags(**small))
     trainer.run.record({"step": 1, "train_loss": 1.0, "dt_s": 1.0})
-    trainer.run.metrics_file.write('{"half a line')
+    trainer.run.metrics.write('{"half a line')
     trainer.run.close()
     assert track.main(["--resume", str(folder)]) == 0
     assert "no checkpoint yet: starting from step 0" in (folder / "log.txt").read_text()

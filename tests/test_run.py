@@ -216,6 +216,59 @@ def test_a_result_without_its_members_is_not_eligible(track, small, folder, monk
     assert result["val_loss"] == pytest.approx(result["readouts"]["epoch_2"], abs=0.5)
 
 
+class FullDisk:
+    """A file that refuses every other write, as a full disk does, or takes only a part of it."""
+
+    def __init__(self, file):
+        self.file, self.calls = file, 0
+
+    def write(self, data: bytes) -> int:
+        self.calls += 1
+        if self.calls % 3 == 0:
+            raise OSError(28, "No space left on device")
+        return self.file.write(data[: len(data) // 2 + 1] if self.calls % 3 == 1 else data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_lines_wait_for_space(track, tmp_path):
+    lines = track.Lines(tmp_path / "log.txt")
+    lines.file = FullDisk(lines.file)
+    for i in range(50):
+        lines.write(f"line {i}\n")
+    lines.file = lines.file.file
+    lines.write("end\n")
+    assert (tmp_path / "log.txt").read_text() == "".join(f"line {i}\n" for i in range(50)) + "end\n"
+
+
+def test_a_result_that_cannot_be_written_is_read_out_again(track, small, folder, monkeypatch, capsys):
+    write_json = track.write_json
+
+    def on_a_full_disk(path, content):
+        if path.name == "result.json":
+            raise OSError(28, "No space left on device")
+        write_json(path, content)
+
+    monkeypatch.setattr(track, "write_json", on_a_full_disk)
+    assert track.main(flags(**small)) == 1
+    printed = capsys.readouterr().out
+    assert "val_loss " in printed and f"make space, then --resume {folder} reads out again" in printed
+    assert not (folder / "result.json").exists()
+    monkeypatch.setattr(track, "write_json", write_json)
+    assert track.main(["--resume", str(folder)]) == 0
+    assert json.loads((folder / "result.json").read_text())["steps"] == 11
+
+
+def test_a_curve_that_cannot_be_drawn_does_not_end_the_run(track, small, folder, monkeypatch, capsys):
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(track, "draw_curve", fail)
+    assert track.main(flags(**small)) == 0
+    assert "curve.png is not drawn: OSError: [Errno 28] No space left on device" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(track, small, folder, monkeypatch, capsys):
     step_of = track.Trainer.train_step
 
