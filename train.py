@@ -1036,11 +1036,14 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
             free = shutil.disk_usage(self.folder).free / 2**30
             failure = f"{type(error).__name__}, {str(error).splitlines()[0]} ({free:.2f} GiB free)"
-        kept = [complete.stem for complete in self.checkpoints()[-2:]]
+        self.drop_checkpoints(keep=2)
+        return failure
+
+    def drop_checkpoints(self, keep: int) -> None:
+        kept = [complete.stem for complete in self.checkpoints()[-keep:]]
         for file in (self.folder / "checkpoints").iterdir():
             if file.stem not in kept:
                 file.unlink()
-        return failure
 
     def load_checkpoint(self) -> tuple[dict, dict] | None:
         """(Tensors, info) of the newest checkpoint, None if there is none. A damaged one is an error."""
@@ -1410,25 +1413,35 @@ class Trainer:
         val, holdout, final = self.read_out()
         if not self.world.main:
             return 0
-        folder, incomplete = self.run.folder, self.save_members()
+        folder, failure = self.run.folder, self.save_final(final)
+        result = self.result(val, holdout)
+        reasons = ineligible(self.config, result)
+        result |= {"eligible": not reasons, "not_eligible_because": reasons}
+        self.run.log(final_block(result, folder))
         try:
-            for path in (folder / "final").iterdir():
-                if path.name not in [member["file"] for member in final["members"]]:
-                    path.unlink()
-            write_json(folder / "final" / "members.json", final)
-            result = self.result(val, holdout)
-            reasons = ineligible(self.config, result) + [f"final/ is incomplete: {incomplete}"] * bool(incomplete)
-            result |= {"eligible": not reasons, "not_eligible_because": reasons}
-            self.run.log(final_block(result, folder))
+            require(not failure, failure)
             write_json(folder / "result.json", result)
-        except OSError as error:
-            self.run.log(f"the result is NOT written ({error}): make space, then --resume {folder} reads out again")
+        except (OSError, ValueError) as error:
+            self.run.log(f"the result is NOT saved ({error}): make space, then --resume {folder} goes on")
             return 1
         shutil.rmtree(folder / "checkpoints")
         if self.run.wandb is not None:
             self.run.wandb.summary.update(result)
             self.run.wandb.finish()
         return 0
+
+    def save_final(self, final: dict) -> str:
+        """Complete final/, with members.json, and drop what else is there -> why it failed, empty if it did not."""
+        for path in (self.run.folder / "final").iterdir():
+            if path.name not in [member["file"] for member in final["members"]]:
+                path.unlink()
+        if self.save_members():  # the disk is full: the older checkpoint makes room
+            self.run.drop_checkpoints(keep=1)
+        try:
+            write_json(self.run.folder / "final" / "members.json", final)
+        except OSError as error:
+            return str(error)
+        return self.save_members()
 
     def result(self, val: Score, holdout: Score | None) -> dict:
         """What result.json says, but for eligibility."""

@@ -205,15 +205,39 @@ def test_members_wait_in_memory_for_space(track, small, folder, monkeypatch):
     assert set(result["final_sha256"]) == {"epoch_01.safetensors", "epoch_02.safetensors", "members.json"}
 
 
-def test_a_result_without_its_members_is_not_eligible(track, small, folder, monkeypatch):
+def test_a_result_is_not_saved_without_its_members(track, small, folder, monkeypatch, capsys):
+    """A full disk at the end: the older checkpoint makes room; where that does not help, the run can be resumed."""
+    save_file = track.save_file
+
     def on_a_full_disk(tensors, path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(track, "save_file", on_a_full_disk)
-    assert track.main(flags(**small)) == 0
-    result = json.loads((folder / "result.json").read_text())
-    assert any("final/ is incomplete" in reason for reason in result["not_eligible_because"])
-    assert result["val_loss"] == pytest.approx(result["readouts"]["epoch_2"], abs=0.5)
+    assert track.main(flags(**small)) == 1
+    printed = capsys.readouterr().out
+    assert "val_loss " in printed and f"make space, then --resume {folder} goes on" in printed
+    assert not (folder / "result.json").exists()
+    monkeypatch.setattr(track, "save_file", save_file)
+    assert track.main(["--resume", str(folder)]) == 0
+    assert set(json.loads((folder / "result.json").read_text())["final_sha256"]) == {
+        "epoch_01.safetensors", "epoch_02.safetensors", "members.json",
+    }  # fmt: skip
+
+
+def test_the_older_checkpoint_makes_room_for_the_result(track, small, folder, monkeypatch):
+    trainer, _ = track.set_up(flags(**small | {"checkpoint_min": 0.0}))
+    save_file = track.save_file
+
+    def on_a_full_disk(tensors, path):
+        if trainer.step == 11 and len(trainer.run.checkpoints()) > 1:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(track, "save_file", on_a_full_disk)
+    trainer.fit()
+    assert trainer.unsaved and len(trainer.run.checkpoints()) == 2
+    assert trainer.finish() == 0
+    assert "epoch_02.safetensors" in json.loads((folder / "result.json").read_text())["final_sha256"]
 
 
 class FullDisk:
@@ -253,7 +277,7 @@ def test_a_result_that_cannot_be_written_is_read_out_again(track, small, folder,
     monkeypatch.setattr(track, "write_json", on_a_full_disk)
     assert track.main(flags(**small)) == 1
     printed = capsys.readouterr().out
-    assert "val_loss " in printed and f"make space, then --resume {folder} reads out again" in printed
+    assert "val_loss " in printed and f"make space, then --resume {folder} goes on" in printed
     assert not (folder / "result.json").exists()
     monkeypatch.setattr(track, "write_json", write_json)
     assert track.main(["--resume", str(folder)]) == 0
