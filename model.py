@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 @_dropout.register_fake
-def _(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+def _dropout_fake(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
 
 
@@ -126,11 +127,9 @@ def _dropout_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])
 
 
+@partial(_dropout.register_autograd, setup_context=_dropout_setup)
 def _dropout_backward(ctx, grad, _):
     return grad * ctx.saved_tensors[0] * (1 / (1 - ctx.p)), None
-
-
-_dropout.register_autograd(_dropout_backward, setup_context=_dropout_setup)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -315,7 +314,7 @@ class ComputeWeights:
             for name, parts in weights.items():
                 master = parts[0][0]
                 shape = (sum(part.size(0) for part, _ in parts), *master.shape[1:])
-                leaf_dtype = dtype if master.ndim == 2 else master.dtype  # the lambdas are never rounded
+                leaf_dtype = dtype if master.ndim == 2 else master.dtype  # the lambdas are kept as they are
                 leaf = torch.zeros(shape, dtype=leaf_dtype, device=master.device, requires_grad=requires_grad)
                 self.tensors[unit][name] = leaf
                 if requires_grad:
@@ -520,10 +519,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
     """A backend of `attend`: varlen where it runs, else sdpa; ValueError if varlen is wanted and does not run."""
-    able = has_bfloat16(device) and dtype == torch.bfloat16
-    require(able or wanted != "varlen", "--attention varlen needs a GPU of compute capability 8.0, and bfloat16")
+    D = config.n_embd // config.n_head
+    able = has_bfloat16(device) and dtype == torch.bfloat16 and D <= 256 and D % 8 == 0
+    needs = "a GPU of compute capability 8.0, bfloat16, and heads of 8, 16, ... 256 channels"
+    require(able or wanted != "varlen", f"--attention varlen needs {needs}")
     return wanted if wanted != "auto" else "varlen" if able else "sdpa"
 
 

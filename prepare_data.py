@@ -65,7 +65,10 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """text -> tokens uint32 (n,); runs without Python's global lock."""
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair, as JSON can escape it
+            return self.encode(text.encode("utf-8", errors="replace").decode())
 
     def token_bytes(self) -> list[int]:
         return [len(self.encoding.decode_single_token_bytes(i)) for i in range(self.bos_id)] + [0]
@@ -307,7 +310,7 @@ def prepare(
             splits[split] = {"tokens": len(tokens), "documents": len(doc_starts), "sha256": sha256_file(path)}
             sizes = f"{len(tokens):,} tokens, {len(doc_starts):,} documents"
             bar.write(f"{split}: {sizes}, entropy of its single tokens {entropy(tokens):.4f} nats")
-        meta = origin | {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
+        meta = origin | {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
         meta |= {"splits": splits, "token_bytes": tokenizer.token_bytes()}
         write_json(Path(staging) / "meta.json", meta)
         move_into(Path(staging), data_dir)
@@ -317,11 +320,17 @@ def prepare(
 
 
 def move_into(staging: Path, data_dir: Path) -> None:
-    """Rename the files of a folder on the same disk, meta.json last: until then its hashes refuse a mixture."""
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "meta.json"):
-        with open(path, "rb+") as file:
+    """Replace the files of a data folder by those of a folder on the same disk.
+
+    meta.json comes last: until then its hashes refuse a mixture.
+    """
+    for name in [*(f"fineweb_{split}.pt" for split in SPLITS), "meta.json"]:
+        if not (staging / name).exists():
+            (data_dir / name).unlink(missing_ok=True)
+            continue
+        with open(staging / name, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(path, data_dir / path.name)
+        os.replace(staging / name, data_dir / name)
 
 
 # ======================================================================================================================
@@ -360,6 +369,12 @@ def verify(data_dir: Path) -> list[str]:
     return problems
 
 
+def is_published(data_dir: Path) -> bool:
+    """Whether a folder has the files whose hashes are published."""
+    paths = {data_dir / f"fineweb_{split}.pt": sha256 for split, sha256 in OFFICIAL_SHA256.items()}
+    return all(path.exists() and sha256_file(path) == sha256 for path, sha256 in paths.items())
+
+
 def from_hub(repo: str, data_dir: Path) -> None:
     """Download shards that --push-to-hub uploaded, and verify them before they take their names."""
     from huggingface_hub import snapshot_download
@@ -371,7 +386,6 @@ def from_hub(repo: str, data_dir: Path) -> None:
             return iter([snapshot_download(repo, repo_type="dataset", allow_patterns=patterns, local_dir=staging)])
 
         next(retrying(download, f"the dataset {repo}"))
-        shutil.rmtree(Path(staging) / ".cache", ignore_errors=True)  # of the download
         if problems := verify(Path(staging)):
             raise ValueError(f"the files of {repo} are not sound: " + "; ".join(problems))
         move_into(Path(staging), data_dir)
@@ -424,31 +438,48 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def check_overwriting(arguments: argparse.Namespace) -> None:
+    """ValueError if --data-dir has shards, and no --force says that they may go."""
+    there = sorted(path.name for path in arguments.data_dir.glob("fineweb_*.pt"))
+    if there and not arguments.force:
+        raise ValueError(f"{arguments.data_dir} has {', '.join(there)}: choose another --data-dir, or --force")
+
+
 def prepare_source(arguments: argparse.Namespace) -> None:
     """Prepare --source, unless the same is already there."""
     source, data_dir, budgets = arguments.source, arguments.data_dir, arguments.budgets
     if min(budgets["val"], budgets["train"]) < 2 or min(budgets["holdout"], arguments.threads - 1) < 0:
         raise ValueError(f"the budgets {budgets} and the number of threads {arguments.threads} must be positive")
-    meta = read_meta(str(data_dir))
-    if meta and not arguments.force:
-        there = {split: info["tokens"] for split, info in meta["splits"].items()}
-        if (meta["source"], meta["tokenizer"], there) == (source, arguments.tokenizer, budgets):
-            print(f"{data_dir} is already there (--force prepares it again)")
-            return
-        raise ValueError(f"{data_dir} has other data, {meta['source']} {there}: choose another --data-dir, or --force")
-    if source == "fineweb":
-        revision = arguments.revision or fineweb_revision()
-        documents = fineweb_documents(revision)
-    elif source == "demo":
-        revision, documents = f"Python {platform.python_version()}", demo_documents()
-    else:
+    wanted = {split: budget for split, budget in budgets.items() if budget}
+    origin = {"source": source, "tokenizer": arguments.tokenizer}
+    if source not in ("fineweb", "demo"):
         files = local_files(Path(source))
         listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
-        revision = f"{len(files)} file(s), SHA-256 of names and sizes {hashlib.sha256(listing.encode()).hexdigest()}"
+        listing = f"{len(files)} file(s), SHA-256 of names and sizes {hashlib.sha256(listing.encode()).hexdigest()}"
+        origin |= {"revision": listing, "text_field": arguments.text_field}
+    meta = read_meta(str(data_dir)) if not arguments.force else None
+    if meta:
+        there = {split: info["tokens"] for split, info in meta["splits"].items()}
+        if there != wanted or any(meta.get(key) != value for key, value in origin.items()):
+            said = f"{data_dir} has other data, {meta['source']} {there}"
+            raise ValueError(f"{said}: choose another --data-dir, or --force")
+        if all((data_dir / f"fineweb_{split}.pt").exists() for split in wanted):
+            print(f"{data_dir} is already there (--force prepares it again)")
+            return
+    elif source == "fineweb" and is_published(data_dir) and not arguments.force:
+        print(f"{data_dir} has the published files (--force prepares them again, with a holdout and a meta.json)")
+        return
+    else:
+        check_overwriting(arguments)
+    if source == "fineweb":
+        origin["revision"] = arguments.revision or fineweb_revision()
+        documents = fineweb_documents(origin["revision"])
+    elif source == "demo":
+        origin["revision"], documents = f"Python {platform.python_version()}", demo_documents()
+    else:
         documents = local_documents(files, arguments.text_field)
     tokenizer = GPT2Tokenizer() if arguments.tokenizer == "gpt2" else ByteTokenizer()
-    wanted = {split: budget for split, budget in budgets.items() if budget}
-    prepare(documents, tokenizer, wanted, data_dir, {"source": source, "revision": revision}, arguments.threads)
+    prepare(documents, tokenizer, wanted, data_dir, origin, arguments.threads)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -460,6 +491,7 @@ def main(argv: list[str] | None = None) -> int:
             push_to_hub(arguments.push_to_hub, arguments.data_dir)
         else:
             if arguments.from_hub:
+                check_overwriting(arguments)
                 from_hub(arguments.from_hub, arguments.data_dir)
             elif not arguments.verify:
                 prepare_source(arguments)

@@ -228,7 +228,8 @@ def set_up_world(device: str) -> World:
     cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
     require(cuda or device != "cuda", "--device cuda: torch finds no CUDA GPU here")
     cuda = cuda and device != "cpu"
-    require(not cuda or local_rank < gpus, f"process {local_rank} has no GPU: use --nproc_per_node={gpus} or fewer")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    require(not cuda or here <= gpus, f"{here} processes share {gpus} GPU(s): use --nproc_per_node={gpus} or fewer")
     if cuda:
         torch.cuda.set_device(local_rank)
     if size > 1:
@@ -411,13 +412,16 @@ class MuonAdamW:
         self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, mu: float) -> None:
-        """Update the parameters from their gradients, and clear these. lr and weight_decay multiply the table's."""
+    def step(self, lr: float, weight_decay: float, mu: float, alone: bool = False) -> None:
+        """Update the parameters from their gradients, and clear these. lr and weight_decay multiply the table's.
+
+        `alone`: without communication, to compile it.
+        """
         self.steps += 1
         dtype = self.buckets[0].grads.dtype
         lr, decay, mu, step = (torch.tensor(value, dtype=dtype) for value in (lr, weight_decay, mu, self.steps))
         parts, sums, gathers = [bucket.grads[bucket.own] for bucket in self.buckets], [], []
-        if self.world.size > 1:
+        if self.world.size > 1 and not alone:
             parts = [torch.empty_like(part) for part in parts]
             for part, bucket in zip(parts, self.buckets, strict=True):
                 sums.append(reduce_scatter(part, bucket.grads, async_op=True))
@@ -619,23 +623,19 @@ def sha256_file(path: Path) -> str:
 def read_meta(data_dir: str) -> dict | None:
     """meta.json, which prepare_data.py writes beside the shards; None where the original project's files have none."""
     path, keys = Path(data_dir) / "meta.json", {"source", "tokenizer", "vocab_size", "splits", "token_bytes"}
-    if not path.exists():
-        return None
-    try:
-        meta = json.loads(path.read_text())
-        require(keys <= meta.keys(), f"it lacks {', '.join(keys - meta.keys())}")
-        return meta
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): prepare the data again with prepare_data.py") from None
+    return read_json(path, keys, "prepare the data again, with --force") if path.exists() else None
 
 
 def load_shard(split: str, config: Config) -> Shard:
     """Read a split and check all that can be wrong with it."""
-    path, again = Path(config.data_dir) / f"fineweb_{split}.pt", "run python prepare_data.py (--help: other data)"
-    require(path.exists(), f"{path} not found: {again}")
+    path, again = Path(config.data_dir) / f"fineweb_{split}.pt", "prepare the data again, with --force"
+    require(
+        path.exists(), f"{path} not found: run python prepare_data.py, or name the folder of the data by --data-dir"
+    )
     sha256, meta = sha256_file(path), read_meta(config.data_dir)
-    noted = meta["splits"].get(split, {}).get("sha256") if meta else sha256
-    differ = f"its SHA-256 is {sha256[:12]}..., in meta.json {str(noted)[:12]}..."
+    require(not meta or split in meta["splits"], f"{path} is not in meta.json: delete it, or {again}")
+    noted = meta["splits"][split]["sha256"] if meta else sha256
+    differ = f"its SHA-256 is {sha256[:12]}..., in meta.json {noted[:12]}..."
     require(sha256 == noted, f"{path} is damaged: {differ}: {again}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -772,7 +772,7 @@ class EvalSet:
         All batches have one shape: the last is filled up with copies of a sequence, which are not scored.
         """
         results = [torch.empty(0, self.sequences.size(1) - 1, dtype=torch.float64)]
-        for rows in self.sequences.split(self.batch):
+        for rows in self.sequences.split(self.batch) if len(self.sequences) else ():
             batch = torch.cat([rows, rows[:1].expand(self.batch - len(rows), -1)]).to(self.world.device)
             results.append(token_losses(batch[:, :-1], batch[:, 1:])[: len(rows)].double().cpu())
         return torch.cat(results)
@@ -789,7 +789,7 @@ class EvalSet:
 
 def data_efficiency(loss: float) -> float | str:
     """How many times 100M tokens a standard pretraining run needs for this loss; a bound outside of the known range."""
-    if loss > EFFICIENCY[0][1]:
+    if not loss <= EFFICIENCY[0][1]:
         return "< 2x"
     for (tokens_a, loss_a), (tokens_b, loss_b) in pairwise(EFFICIENCY):
         if loss >= loss_b:
@@ -813,7 +813,7 @@ def load_members(run_dir: str | Path, device: str | torch.device):
     config = Config(**json.loads((run_dir / "config.json").read_text())["config"])
     final = json.loads((run_dir / "final" / "members.json").read_text())
     dtype = compute_dtype(config, device)
-    model = build(config, device, dtype, choose_attention("auto", device, dtype)).eval()
+    model = build(config, device, dtype, choose_attention("auto", config, device, dtype)).eval()
     weights = ComputeWeights(model, dtype, requires_grad=False)
 
     @torch.no_grad()
@@ -869,13 +869,15 @@ def write_json(path: Path, content) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
-def code_sha256(folder: Path) -> str:
-    """The hash of a script: SHA-256 over a line "name, zero byte, SHA-256 of the content" for each file, by name."""
-    lines = (f"{name}\0{sha256_file(folder / name)}\n" for name in sorted(SCRIPT_FILES))
+def code_sha256(folder: Path, names: tuple[str, ...] = ()) -> str:
+    """Of a script's files, or of all in code/: SHA-256 over a line "name, zero byte, SHA-256" for each, sorted."""
+    found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    names = names or tuple(path.relative_to(folder).as_posix() for path in found)
+    lines = (f"{name}\0{sha256_file(folder / name)}\n" for name in sorted(names))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def create_run(config: Config) -> dict:
+def create_run(config: Config, data_sha256: dict[str, str]) -> dict:
     """Make the run folder with config.json and code/ -> config.json's content, and the folder."""
     name = config.run_name or f"{TRACK}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
     folder, script = Path(config.runs_dir) / name, Path(__file__).resolve().parent
@@ -892,24 +894,47 @@ def create_run(config: Config) -> dict:
     values, defaults = dataclasses.asdict(config), dataclasses.asdict(Config())
     overrides = {key: value for key, value in values.items() if value != defaults[key]}
     content = {"run_id": secrets.token_hex(4), "track": TRACK, "command": sys.argv, "overrides": overrides}
-    content |= {"config": values, "code_sha256": code_sha256(folder / "code")}
+    content |= {"config": values, "code_sha256": code_sha256(folder / "code"), "data_sha256": data_sha256}
     write_json(folder / "config.json", content)
     return content | {"folder": str(folder)}
 
 
+def read_json(path: Path, keys: set[str], advice: str) -> dict:
+    """A JSON object with these keys; ValueError with the advice if it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        require(keys <= content.keys(), f"it lacks {', '.join(keys - content.keys())}")
+        return content
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {advice}") from None
+
+
+def read_config(folder: str) -> dict:
+    """config.json of a run folder."""
+    path, keys = Path(folder) / "config.json", {"run_id", "track", "config", "overrides", "code_sha256", "data_sha256"}
+    require(path.exists(), f"{path} not found: --resume needs a run folder, such as runs/<name>")
+    return read_json(path, keys, "a run cannot be resumed without it; its weights are in checkpoints/ and final/")
+
+
 def open_run(folder: str, given: dict) -> dict:
     """As create_run, of a run that this script and these flags can continue; ValueError says why they cannot."""
-    path, result = Path(folder) / "config.json", Path(folder) / "result.json"
-    require(path.exists(), f"{path} not found: --resume needs a run folder, such as runs/<name>")
-    saved = json.loads(path.read_text())
+    saved, result = read_config(folder), Path(folder) / "result.json"
     require(saved["track"] == TRACK, f"{folder} is a run of the {saved['track']} track, and this script trains {TRACK}")
     fixed = {k: v for k, v in given.items() if k not in RESUME_MAY_CHANGE and v != saved["config"].get(k)}
     other = ", ".join(f"{k} {saved['config'].get(k)!r}, now {v!r}" for k, v in fixed.items())
     require(not fixed, f"{folder} was started with other settings ({other}): leave them out, or start a new run")
-    same = code_sha256(Path(__file__).resolve().parent) == saved["code_sha256"]
+    same = code_sha256(Path(__file__).resolve().parent, SCRIPT_FILES) == saved["code_sha256"]
     require(same, f"the script changed since {folder} was started: resume it with {folder}/code/{SCRIPT_FILES[0]}")
-    finished = result.exists() and json.loads(result.read_text())["status"] == "finished"
+    finished = result.exists() and read_json(result, {"status"}, "delete it to resume")["status"] == "finished"
     return saved | {"folder": folder, "finished": finished}
+
+
+def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> None:
+    """A run goes on with the files that it was started with; ValueError if they are others."""
+    for split, now in (saved["data_sha256"] | data_sha256).items():
+        then, now = saved["data_sha256"].get(split, "none"), data_sha256.get(split, "none")
+        said = f"fineweb_{split}.pt was {then[:12]}..., and that of {data_dir} is {now[:12]}..."
+        require(then == now, f"{saved['folder']} was started on other data ({said}): give its --data-dir")
 
 
 def draw_curve(folder: Path) -> None:
@@ -961,11 +986,20 @@ class Run:
             fcntl.flock(self.log_lines.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {self.folder}: wait for its end, or stop it") from None
+        except OSError as error:
+            self.log(
+                f"no locks on this disk ({error.strerror}): see to it that no other process writes to {self.folder}"
+            )
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         if self.main:
+            if self.wandb is not None:
+                try:
+                    self.wandb.finish()
+                except Exception as error:  # the run folder has all that matters
+                    self.log(f"wandb: {type(error).__name__}: {error}")
             self.log_lines.file.close()
             self.metrics.file.close()
 
@@ -1050,10 +1084,11 @@ class Run:
         found = self.checkpoints()
         if not found:
             return None
-        path, info = found[-1].with_suffix(".pt"), json.loads(found[-1].read_text())
         before = f"step {int(found[-2].stem[5:])}" if len(found) > 1 else "the start"
+        path, advice = found[-1].with_suffix(".pt"), f"delete {found[-1]} to resume from {before}"
+        info = read_json(found[-1], {"step", "sha256", "members"}, advice)
         sound = path.exists() and sha256_file(path) == info["sha256"]
-        require(sound, f"the checkpoint {path} is missing or damaged: delete {found[-1]} to resume from {before}")
+        require(sound, f"the checkpoint {path} is missing or damaged: {advice}")
         return torch.load(path, map_location="cpu", weights_only=True), info
 
 
@@ -1063,7 +1098,7 @@ class Run:
 
 
 class NonFiniteLoss(RuntimeError):
-    """The training loss is NaN or infinite."""
+    """A loss is NaN or infinite."""
 
 
 def duration(seconds: float) -> str:
@@ -1077,7 +1112,7 @@ class Trainer:
         self.config, self.world, self.run, self.plan, self.shards = config, world, run, plan, shards
         self.dtype = compute_dtype(config, world.device)
         self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
-        backend = choose_attention(config.attention, world.device, self.dtype)
+        backend = choose_attention(config.attention, config, world.device, self.dtype)
         self.model = build(config, world.device, self.dtype, backend)
         torch.manual_seed(config.seed)
         self.model.init_weights()
@@ -1095,7 +1130,7 @@ class Trainer:
         self.eval_sets = {s: EvalSet(shards[s], config, world, byte_lengths) for s in ("val", "holdout") if s in shards}
         costs = [flops_per_token(config, **stage(plan, step)) * config.batch_tokens for step in range(plan.num_steps)]
         self.flops = np.cumsum([0.0, *costs])  # of all steps before a step
-        self.clock, self.started, self.earlier_wall_s = Clock(), time.monotonic(), 0.0
+        self.clock, self.started, self.earlier_wall_s = Clock(), time.monotonic(), 0.0  # started: of this process
         self.step, self.stopped_by, self.signal = 0, "", ""
         self.readouts: dict[str, float] = {}  # validation losses by name
         self.members: list[dict] = []  # weights kept for the readout: file, epoch, step
@@ -1162,7 +1197,12 @@ class Trainer:
     def warm_up(self) -> None:
         """Check the attention; run every graph that the run will need, on random tokens; leave no trace of it."""
         c, device, backend = self.config, self.world.device, self.model.backend
-        error = attention_error(c, device, backend) if backend != "sdpa" else 0.0
+        try:
+            error = attention_error(c, device, backend) if backend != "sdpa" else 0.0
+        except RuntimeError as failure:
+            if isinstance(failure, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"attention {backend} fails here ({failure}): use --attention sdpa") from failure
         require(error < 0.05, f"attention {backend} is wrong here, by {error:g}: use --attention sdpa, and report it")
         stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
         with torch.random.fork_rng([device] if self.world.cuda else []):
@@ -1176,9 +1216,11 @@ class Trainer:
                         add_gradient(self.weights, self.optimizer, [run] * (1 + c.meta_gradient), 0.0)
                     batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
                     self.token_losses(batch[:, :-1], batch[:, 1:], **how)
+                self.optimizer.zero_grad()
+                if self.world.main == main_turn:
+                    self.optimizer.step(0.0, 0.0, 0.95, alone=True)  # no gradient and no rate: it changes nothing
                 self.world.sum([0])
-        self.optimizer.zero_grad()
-        self.optimizer.step(0.0, 0.0, 0.95)  # no gradient and no rate: compiles and connects, but changes nothing
+        self.optimizer.step(0.0, 0.0, 0.95)  # connects the processes
         self.optimizer.steps = 0
 
     # --------------------------------------------------------------------------------------------------- training loop
@@ -1186,50 +1228,61 @@ class Trainer:
     def fit(self) -> None:
         """Train until the last step, the time cap or a signal; `stopped_by` says which."""
         keep = 1 if self.world.cuda else 0  # losses are read one step late, so that the GPU never waits
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.take_signal)
-        if self.step == 0 and self.config.eval_initial:
-            self.validate("initial")
         projection_at = self.step + 10
+        if self.world.sum([bool(self.signal)])[0]:
+            self.stopped_by = self.stopped_by or "signal"
+        if self.step == 0 and self.config.eval_initial and not self.stopped_by:
+            self.validate("initial")
         self.clock.start()
         while self.step < self.plan.num_steps and not self.stopped_by:
             self.pending.append((self.step, self.train_step(self.step)))
             self.step += 1
             self.settle(keep)
+            if self.step == projection_at:
+                self.print_projection()
             epoch_ends = self.plan.epochs_done(self.step) > self.plan.epochs_done(self.step - 1)
+            self.agree()
             if epoch_ends or self.checkpoint_due or self.stopped_by:
                 self.settle(0)
                 if epoch_ends or self.stopped_by == "time_cap":
                     self.end_epoch(complete=epoch_ends)
                 self.save_checkpoint()
                 self.clock.start()
-            if self.step == projection_at:
-                self.print_projection()
         self.stopped_by = self.stopped_by or "steps"
 
     def take_signal(self, number: int, frame) -> None:
-        """Stop after the step under way; the same signal again ends the process at once."""
-        self.signal = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        """Stop after the step under way. The signal may come twice, from a scheduler and from torchrun; later than that
+        it ends the process at once."""
+        now = time.monotonic()
+        if self.signal and now - self.signal_at > 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.signal:
+            self.signal, self.signal_at = signal.Signals(number).name, now
 
     def settle(self, keep: int) -> None:
-        """Wait for all steps but the newest `keep`, record them, and agree with the other processes what comes next."""
-        c = self.config
+        """Wait for all steps but the newest `keep`, and record them."""
         while len(self.pending) > keep:
             step, losses = self.pending.popleft()
             local = losses()
             dt_s = self.clock.lap()
             self.recent_s.append(dt_s)
-            next_end_s = self.clock.train_time_s + (len(self.pending) + 1) * statistics.median(self.recent_s)
-            over_cap = self.step < self.plan.num_steps and 0 < 60 * c.time_cap_min < next_end_s
-            due = time.monotonic() - self.last_checkpoint >= 60 * c.checkpoint_min
-            loss, lm_loss, over_cap, stop, due = self.world.sum([*local, over_cap, bool(self.signal), due])
-            self.checkpoint_due = bool(due)
-            self.stopped_by = "time_cap" if over_cap else "signal" if stop else self.stopped_by
+            loss, lm_loss = self.world.sum(local)
             self.record_step(step, dt_s, loss, lm_loss)
             if not math.isfinite(loss):
-                self.save_non_finite(step, loss)
-                raise NonFiniteLoss(f"the training loss is {loss} at step {step + 1}")
+                self.fail("training", loss, step)
+
+    def agree(self) -> None:
+        """Before each step, all processes decide together whether to stop, or to write a checkpoint after it."""
+        c, over_cap = self.config, False
+        if self.recent_s and self.step < self.plan.num_steps:
+            next_end_s = self.clock.train_time_s + (len(self.pending) + 1) * statistics.median(self.recent_s)
+            over_cap = 0 < 60 * c.time_cap_min < next_end_s
+        due = time.monotonic() - self.last_checkpoint >= 60 * c.checkpoint_min
+        over_cap, stop, due = self.world.sum([over_cap, bool(self.signal), due])
+        self.checkpoint_due = bool(due)
+        if not self.stopped_by:
+            self.stopped_by = "time_cap" if over_cap else "signal" if stop else ""
 
     def record_step(self, step: int, dt_s: float, loss: float, lm_loss: float) -> None:
         """A line of metrics.jsonl, the progress bar, and every log_every steps a printed line."""
@@ -1265,7 +1318,7 @@ class Trainer:
         """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
         epoch = self.plan.epochs_done(self.step) + (not complete)
         self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
-        if epoch > self.config.num_epochs - self.config.readout_epochs or not complete:
+        if epoch > self.config.num_epochs - self.config.readout_epochs or self.stopped_by == "time_cap":
             file = f"epoch_{epoch:02d}.safetensors"
             self.members.append({"file": file, "epoch": epoch, "step": self.step})
             if self.world.main:
@@ -1279,6 +1332,8 @@ class Trainer:
         self.weights.refresh()
         how, val = stage(self.plan, max(0, self.step - 1)), self.eval_sets["val"]
         score = val.score(val.nats(partial(self.token_losses, **how)))
+        if not math.isfinite(score.loss):
+            self.fail("validation", score.loss, max(0, self.step - 1))
         if self.step:
             self.readouts[name] = score.loss
         values = {"step": self.step, "epoch": self.plan.epochs_done(self.step)} | how
@@ -1299,7 +1354,7 @@ class Trainer:
         if self.world.main:
             tensors = {"model": {name: p.detach() for name, p in self.model.named_parameters()}, "optimizer": state}
             info = {"step": self.step, "train_time_s": self.clock.train_time_s, "wall_time_s": self.wall_time_s()}
-            info |= {"readouts": self.readouts, "members": self.members, "world_size": self.world.size}
+            info |= {"readouts": self.readouts, "members": self.members, "recent_s": [*self.recent_s]}
             info["stopped_by"] = self.stopped_by if self.stopped_by == "time_cap" else ""
             failure = self.save_members() or self.run.save_checkpoint(tensors, info)
             said = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
@@ -1314,6 +1369,8 @@ class Trainer:
                 write_atomically(self.run.folder / "final" / file, partial(save_file, self.unsaved[file]))
             except Exception as error:  # an OSError, or safetensors' own
                 return f"final/{file}: {error}"
+            member = next(member for member in self.members if member["file"] == file)
+            member["sha256"] = sha256_file(self.run.folder / "final" / file)
             del self.unsaved[file]
         return ""
 
@@ -1326,7 +1383,10 @@ class Trainer:
             tensors.update(content)
             for member in info["members"] if info else ():
                 path = self.run.folder / "final" / member["file"]
-                require(path.exists(), f"{path} is missing, which the readout needs: the run cannot go on without it")
+                sound = path.exists() and sha256_file(path) == member["sha256"]
+                require(
+                    sound, f"{path}, which the readout needs, is missing or damaged: empty checkpoints/ to begin anew"
+                )
             self.run.drop_metrics_after(info["step"] if info else -1)
             (self.run.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
             return info
@@ -1341,27 +1401,30 @@ class Trainer:
         self.step, self.stopped_by = info["step"], info["stopped_by"]
         self.readouts, self.members = info["readouts"], info["members"]
         self.clock.train_time_s, self.earlier_wall_s = info["train_time_s"], info["wall_time_s"]
+        self.recent_s.extend(info["recent_s"])
         done = f"step {self.step}/{self.plan.num_steps}, after {self.clock.train_time_s:.1f} s of training"
         self.run.log(f"resumed at {done}")
 
     def wall_time_s(self) -> float:
         return self.earlier_wall_s + time.monotonic() - self.started
 
-    def save_non_finite(self, step: int, loss: float) -> None:
-        """Keep what is needed to look at a loss that is not finite: the step's tokens, the norms of all parameters."""
-        if not self.world.main:
-            return
-        path = self.run.folder / "non_finite.pt"
-        tokens = TrainLoader(self.shards["train"], self.plan, range(VIRTUAL_RANKS)).batch(step)
-        norms = {name: p.detach().float().norm().item() for name, p in self.model.named_parameters()}
-        bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
-        content = {"step": step + 1, "loss": loss, "tokens": torch.from_numpy(tokens), "norms": norms}
-        write_atomically(path, partial(torch.save, content))
-        result = {"track": TRACK, "status": "failed", "stopped_by": "non_finite_loss", "steps": step + 1}
-        write_json(self.run.folder / "result.json", result | {"run_id": self.run.run_id})
-        kept = ", ".join(path.stem for path in self.run.checkpoints()) or "none, but the start follows from the seed"
-        self.run.log(f"{path} has the tokens and the norms of all parameters; not finite by now: {len(bad)}, {bad[:3]}")
-        self.run.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
+    def fail(self, kind: str, loss: float, step: int) -> None:
+        """End the run (NonFiniteLoss), and keep what is needed to look at it: the step's tokens, all norms."""
+        if self.world.main:
+            path = self.run.folder / "non_finite.pt"
+            tokens = TrainLoader(self.shards["train"], self.plan, range(VIRTUAL_RANKS)).batch(step)
+            norms = {name: p.detach().float().norm().item() for name, p in self.model.named_parameters()}
+            bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+            content = {"step": step + 1, "loss": loss, "tokens": torch.from_numpy(tokens), "norms": norms}
+            write_atomically(path, partial(torch.save, content))
+            result = {"track": TRACK, "status": "failed", "stopped_by": "non_finite_loss", "steps": step + 1}
+            write_json(self.run.folder / "result.json", result | {"run_id": self.run.run_id})
+            kept = (
+                ", ".join(path.stem for path in self.run.checkpoints()) or "none, but the start follows from the seed"
+            )
+            self.run.log(f"{path} has the tokens and the norms of all parameters; not finite: {len(bad)}, {bad[:3]}")
+            self.run.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
+        raise NonFiniteLoss(f"the {kind} loss is {loss} at step {step + 1}")
 
     def say_how_to_resume(self) -> int:
         """-> the exit code: 0 if the checkpoint is saved."""
@@ -1381,11 +1444,11 @@ class Trainer:
         self.optimizer.broadcast_values()
         self.weights.refresh()
 
-    def read_out(self) -> tuple[Score, Score | None, dict]:
+    def read_out(self) -> tuple[Score, Score | None, dict] | None:
         """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
 
-        It averages the probabilities that the members give to each target. Recorded beside it: the same with equal
-        weights, and the loss of the members' average weights.
+        None if a signal comes. It averages the probabilities that the members give to each target. Recorded beside it:
+        the same with equal weights, and the loss of the members' average weights.
         """
         members, val = self.members[-self.config.readout_epochs :], self.eval_sets["val"]
         buckets = self.optimizer.buckets
@@ -1393,6 +1456,8 @@ class Trainer:
         how, nats = stage(self.plan, self.step - 1), {name: [] for name in self.eval_sets}
         losses = partial(self.token_losses, **how)
         for weight, member in zip(weights, members, strict=True):
+            if self.world.sum([bool(self.signal)])[0]:
+                return None
             self.load_member(member)
             for name, eval_set in self.eval_sets.items():
                 nats[name].append(eval_set.nats(losses))
@@ -1410,7 +1475,12 @@ class Trainer:
 
     def finish(self) -> int:
         """Read out, print the final block, write result.json, clean up -> the exit code."""
-        val, holdout, final = self.read_out()
+        read_out = self.read_out()
+        if read_out is None:
+            return self.say_how_to_resume()
+        val, holdout, final = read_out
+        if not all(map(math.isfinite, self.readouts.values())):
+            self.fail("validation", val.loss, self.step - 1)
         if not self.world.main:
             return 0
         folder, failure = self.run.folder, self.save_final(final)
@@ -1427,7 +1497,6 @@ class Trainer:
         shutil.rmtree(folder / "checkpoints")
         if self.run.wandb is not None:
             self.run.wandb.summary.update(result)
-            self.run.wandb.finish()
         return 0
 
     def save_final(self, final: dict) -> str:
@@ -1448,7 +1517,7 @@ class Trainer:
         c, world, seconds = self.config, self.world, self.clock.train_time_s
         tokens = self.step * c.batch_tokens
         hashes, folder = {split: shard.sha256 for split, shard in self.shards.items()}, self.run.folder
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if world.cuda:
             memory = torch.cuda.max_memory_allocated(world.device)
         peak = peak_flops(world.device)
@@ -1475,7 +1544,6 @@ def ineligible(config: Config, result: dict) -> list[str]:
     cap, targets = Config.time_cap_min, Config.val_sequences * Config.sequence_len
     checks = {
         "the data are not the official files": all(result["data_sha256"][s] == h for s, h in OFFICIAL_SHA256.items()),
-        "there is no holdout": result["holdout_loss"] is not None,
         f"{result['val_tokens']:,} validation targets, not {targets:,}": result["val_tokens"] == targets,
         f"the cap of {cap:g} min is lifted": 0 < config.time_cap_min <= cap,
         f"training took longer than {cap:g} min": result["train_time_s"] <= 60 * cap,
@@ -1494,11 +1562,14 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wa
     data = f"{sizes} tokens ({'official' if official else 'not the official files'}); bytes of tokens {bytes_from}"
     device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     compiled = "compiled" if trainer.compiled else "not compiled"
+    attention = trainer.model.backend
+    if world.cuda and (attention, c.attention) == ("sdpa", "auto"):
+        attention += " (slow: flash attention does not run here, --attention varlen says why)"
     lines = {
         "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
         "settings": settings,
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
-        "device": f"{device}, attention {trainer.model.backend}, {compiled}, about {needed_gib:.2g} GiB per process",
+        "device": f"{device}, attention {attention}, {compiled}, about {needed_gib:.2g} GiB per process",
         "data": f"{c.data_dir}: {data}",
         "model": f"{trainer.num_parameters:,} parameters",
         "plan": f"{trainer.plan.num_steps:,} steps of {c.batch_tokens:,} tokens, {c.num_epochs} epochs, "
@@ -1531,10 +1602,10 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
 
     No trainer: the run that --resume names has finished.
     """
-    given, resume = parse_arguments(argv)
+    started, (given, resume) = time.monotonic(), parse_arguments(argv)
     config, device = Config(**given) if resume is None else None, given.get("device", "auto")
-    if resume is not None and (Path(resume) / "config.json").exists():
-        device = json.loads((Path(resume) / "config.json").read_text())["config"].get("device", "auto")
+    if resume is not None:
+        device = read_config(resume)["config"].get("device", "auto")
     world = set_up_world(device)
     if resume is not None:
         saved = world.share(open_run, resume, given)
@@ -1543,52 +1614,61 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
             if world.main:
                 print(f"{resume} has finished, see {resume}/result.json")
             return None, True
-    choose_attention(config.attention, world.device, compute_dtype(config, world.device))
-    needed_gib = check_memory(config, world)
-    world.share(lambda: load_data(config) and None)  # by one process first: one message if it is refused
+    # What is the same in all processes is checked by one: one message if it is refused.
+    world.share(choose_attention, config.attention, config, world.device, compute_dtype(config, world.device))
+    needed_gib = world.share(check_memory, config, world)
+    world.share(lambda: load_data(config) and None)
     shards = load_data(config)
-    plan = Plan(config, len(shards["train"].sequences(config.sequence_len + 1)))
+    hashes = {split: shard.sha256 for split, shard in shards.items()}
+    plan = world.share(Plan, config, len(shards["train"].sequences(config.sequence_len + 1)))
     byte_lengths, bytes_from = world.share(token_byte_lengths, config)
     if resume is None:
-        saved = world.share(create_run, config)
+        saved = world.share(create_run, config, hashes)
+    check_same_data(saved, config.data_dir, hashes)
     run = Run(saved["folder"], saved["run_id"], world.main)
     world.share(run.open)
     wandb_said = world.share(run.start_wandb, config)
     trainer = Trainer(config, world, run, plan, shards, byte_lengths)
+    trainer.started = started
     run.log(header(trainer, saved, bytes_from, needed_gib, wandb_said))
     return trainer, resume is not None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 finished, or stopped by a signal and saved; 1 failed; 2 refused."""
+    trainer, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        trainer, resumes = set_up(argv)
-        if trainer is None:
-            return 0
-        trainer.warm_up()
-        if resumes:
-            trainer.resume()
-    except (ValueError, torch.OutOfMemoryError) as error:
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # all processes read the same flags
-            advice = "" if isinstance(error, ValueError) else "\nLess memory: --device-batch, --eval-batch"
-            print(f"{Path(__file__).name}: error: {error}{advice}", file=sys.stderr)
-        return 2
-    try:
+        try:
+            trainer, resumes = set_up(argv)
+            if trainer is None:
+                return 0
+            for number in handlers:
+                signal.signal(number, trainer.take_signal)
+            trainer.warm_up()
+            if resumes:
+                trainer.resume()
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # until they have met, all find the same
+                advice = "" if isinstance(error, ValueError) else "\nLess memory: --device-batch, --eval-batch"
+                print(f"{Path(__file__).name}: error: {error}{advice}", file=sys.stderr)
+            return 2
         trainer.fit()
-        if trainer.stopped_by == "signal":
-            return trainer.say_how_to_resume()
-        return trainer.finish()
+        return trainer.say_how_to_resume() if trainer.stopped_by == "signal" else trainer.finish()
     except NonFiniteLoss as error:
         trainer.run.log(f"stopped: {error}")
         return 1
     finally:
-        trainer.run.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if trainer is not None:
+            trainer.run.close()
 
 
 if __name__ == "__main__":
     exit_code = main()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if exit_code == 0:  # else the others may never come
+            dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(exit_code)  # a thread of gloo that still wants the interpreter can abort a regular exit
     sys.exit(exit_code)

@@ -6,7 +6,7 @@
 A script is self-contained, so it repeats what it shares with the root's train.py and model.py. A line above a
 definition (a function, a class, a method, or a constant) says where it is from:
 
-    # Copied from train.py: evaluate                           compared text for text, with decorators
+    # Copied from train.py: data_efficiency                    compared text for text, with decorators
     # Copied from train.py: Trainer.settle                     a method, in a class of the script
     # Adapted from model.py: Block -- recurrent passes         differs, for the reason given, and is not compared
 """
@@ -29,20 +29,33 @@ SECTIONS = ["Config", "Distributed", "Model", "Optimizer", "Schedules", "Data", 
 SHARED = {  # never adapted: each script must have a copy of each
     "distributed": ["World", "set_up_world"],
     "command line": ["parse_arguments"],
-    "data order": ["Plan", "Shard", "TrainLoader", "load_data", "load_shard", "read_meta", "sha256_file"],
-    "validation": ["EvalSet", "Score", "data_efficiency", "token_byte_lengths"],
-    "clock": ["Clock"],
+    "data order": [
+        "OFFICIAL_SHA256",
+        "Plan",
+        "SEQ_SHUFFLE_SEEDS",
+        "Shard",
+        "TrainLoader",
+        "load_data",
+        "load_shard",
+        "read_meta",
+        "sha256_file",
+    ],
+    "validation": ["EFFICIENCY", "EvalSet", "Score", "Trainer.validate", "data_efficiency", "token_byte_lengths"],
+    "clock": ["Clock", "Trainer.agree", "Trainer.fit", "Trainer.settle"],
     "run folder": [
         "Lines",
         "Run",
+        "check_same_data",
         "code_sha256",
         "create_run",
         "draw_curve",
         "open_run",
+        "read_config",
+        "read_json",
         "write_atomically",
         "write_json",
     ],
-    "checkpoint": ["Trainer.resume", "Trainer.save_checkpoint", "Trainer.save_members"],
+    "checkpoint": ["Trainer.fail", "Trainer.resume", "Trainer.save_checkpoint", "Trainer.save_members"],
 }
 
 

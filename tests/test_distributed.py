@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import flags, read_metrics, run_to_end
+import torch
+from conftest import flags, launch, read_metrics, run_to_end
 
 
 def losses(folder: Path) -> tuple[list[float], list[float], dict]:
@@ -47,11 +48,26 @@ def test_a_number_of_processes_that_does_not_fit(track, small, monkeypatch, caps
     assert "3 processes cannot share 8 virtual ranks: run 1, 2, 4 or 8" in capsys.readouterr().err
 
 
+def test_more_processes_than_gpus(track, monkeypatch):
+    """All processes find it, so that the main one can say it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"8 processes share 4 GPU\(s\): use --nproc_per_node=4 or fewer"):
+        track.set_up_world("auto")
+
+
 def test_an_error_of_the_main_process_ends_all(track, small):
     """Bad data under torchrun: one message, and no process waits for another until a timeout."""
-    from conftest import launch
-
     process = launch(Path(track.__file__).name, flags(**small | {"data_dir": "nowhere"}), processes=2)
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert output.count("error: nowhere/fineweb_train.pt not found") == 1
+
+
+def test_a_plan_that_does_not_fit_is_refused_once(track, small):
+    process = launch(Path(track.__file__).name, flags(**small | {"batch_tokens": 8192}), processes=2)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert output.count("use more data, or lower --batch-tokens") == 1

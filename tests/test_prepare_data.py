@@ -129,6 +129,39 @@ def test_what_is_there_is_not_prepared_again(tmp_path, capsys):
     assert main([*arguments, "--train-tokens=300", "--force"]) == 0
     assert len(contents(tmp_path / "data", "train")) == 300
 
+    less = [*arguments, "--train-tokens=300"]
+    path.unlink()
+    assert main(less) == 0 and path.exists()  # one is missing: they are prepared again
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(less) == 2 and "prepare the data again, with --force" in capsys.readouterr().err
+    assert main([*less, "--holdout-tokens=0", "--force"]) == 0
+    assert not (tmp_path / "data" / "fineweb_holdout.pt").exists()
+    (source / "more.jsonl").write_text('{"text": "more"}\n')
+    assert main([*less, "--holdout-tokens=0"]) == 2
+    assert "has other data" in capsys.readouterr().err
+
+
+def test_files_are_not_overwritten_unasked(tmp_path, hub, monkeypatch, capsys):
+    """Shards without a meta.json, as the original project's: kept, and enough if they are the published ones."""
+    data = tmp_path / "data"
+    arguments = [f"--source={write_texts(tmp_path / 'texts', 'jsonl')}", f"--data-dir={data}", *BUDGETS]
+    assert main(arguments) == 0 and main([f"--data-dir={data}", "--push-to-hub=me/shards"]) == 0
+    (data / "meta.json").unlink()
+    for command in (arguments, [f"--data-dir={data}", "--from-hub=me/shards"], [f"--data-dir={data}"]):
+        assert main(command) == 2
+        assert "has fineweb_holdout.pt, fineweb_train.pt, fineweb_val.pt: choose another" in capsys.readouterr().err
+    hashes = {split: prepare_data.sha256_file(data / f"fineweb_{split}.pt") for split in ("val", "train")}
+    monkeypatch.setattr(prepare_data, "OFFICIAL_SHA256", hashes)
+    monkeypatch.setattr(prepare_data, "verify", lambda data_dir: [])
+    assert main([f"--data-dir={data}"]) == 0 and "has the published files" in capsys.readouterr().out
+    assert main([f"--data-dir={data}", "--from-hub=me/shards", "--force"]) == 0 and (data / "meta.json").exists()
+
+
+def test_half_a_surrogate_pair(gpt2, tmp_path):
+    text = json.loads('"a \\ud83d b"')
+    assert gpt2.encode(text).tolist() == gpt2.encode("a ? b").tolist()
+    assert bytes(ByteTokenizer().encode(text)) == b"a ? b"
+
 
 def test_special_tokens_in_a_text_are_text(gpt2):
     """And encode, which gives arrays, equals encode_ordinary."""

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import flags, launch, read_metrics, run_to_end
+from conftest import flags, launch, read_metrics, run_to_end, write_data
 
 
 @pytest.fixture
@@ -126,10 +126,21 @@ def test_resuming_what_does_not_fit_is_refused(track, stopped, capsys, tmp_path)
     assert f"the script changed since {stopped} was started: resume it with {stopped}/code/" in error
     (stopped / "config.json").write_text(json.dumps(config))
 
+    (stopped / "config.json").write_text("{}")
+    assert "config.json is damaged (it lacks " in refused(track, resume, capsys)
+    (stopped / "config.json").write_text(json.dumps(config))
+
+    other = write_data(tmp_path / "other", {"val": 1700, "train": 6000, "holdout": 1500}, seed=1)
+    error = refused(track, [*resume, f"--data-dir={other}"], capsys)
+    assert f"{stopped} was started on other data (fineweb_train.pt was {config['data_sha256']['train'][:12]}" in error
+
     member = stopped / "final" / "epoch_01.safetensors"
-    member.rename(tmp_path / "kept")
-    assert "epoch_01.safetensors is missing, which the readout needs" in refused(track, resume, capsys)
-    (tmp_path / "kept").rename(member)
+    content = member.read_bytes()
+    for wrong in (content[:-1], None):
+        member.unlink() if wrong is None else member.write_bytes(wrong)
+        said = "epoch_01.safetensors, which the readout needs, is missing or damaged"
+        assert said in refused(track, resume, capsys)
+    member.write_bytes(content)
     assert track.main([*resume, "--log-every=1"]) == 0  # what does not change the result may change
 
 
@@ -142,6 +153,10 @@ def test_a_damaged_checkpoint_is_refused(track, stopped, capsys):
     path.write_bytes(content)
     error = refused(track, ["--resume", str(stopped)], capsys)
     assert f"{path} is missing or damaged: delete {newest} to resume from step {int(older.stem[5:])}" in error
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-9])
+    error = refused(track, ["--resume", str(stopped)], capsys)
+    assert f"{newest} is damaged" in error and f"delete {newest} to resume from step {int(older.stem[5:])}" in error
     newest.unlink()
     assert track.main(["--resume", str(stopped)]) == 0
     assert f"resumed at step {int(older.stem[5:])}/11" in (stopped / "log.txt").read_text()

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,16 @@ def test_a_cap_before_the_first_member_still_gives_a_readout(track, small, folde
     trainer.finish()
     result = json.loads((folder / "result.json").read_text())
     assert result["steps"] == 3 and result["val_loss"] == pytest.approx(result["readouts"]["epoch_1_cut_short"])
+
+
+def test_a_cap_at_the_end_of_an_epoch_gives_a_readout(track, small, folder):
+    trainer, _ = track.set_up(flags(**small | {"time_cap_min": 6.5 / 60, "readout_epochs": 1}))
+    trainer.clock = track.Clock(FakeTime())
+    trainer.fit()
+    assert (trainer.step, trainer.stopped_by) == (6, "time_cap")
+    trainer.finish()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["val_loss"] == pytest.approx(result["readouts"]["epoch_1"])
 
 
 def test_without_a_cap_all_steps_run(track, small, folder):
@@ -317,6 +330,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(track, small, folder, monkeypat
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run(track, small, folder, monkeypatch, capsys):
+    """The last step of an epoch ruins the weights: there is no result, least of all one by the minimum."""
+    step_of = track.Trainer.train_step
+
+    def poisoned(trainer, step):
+        losses = step_of(trainer, step)
+        if step == trainer.plan.num_steps - 1:
+            trainer.model.lm_head.weight.data[3, 5] = torch.nan
+        return losses
+
+    monkeypatch.setattr(track.Trainer, "train_step", poisoned)
+    assert track.main(flags(**small)) == 1
+    assert "stopped: the validation loss is nan at step 11" in capsys.readouterr().out
+    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+
+
 def test_eligibility(track):
     """A result of the right kind is eligible; each thing that is not right is a reason by itself."""
     config, official = track.Config(), dict(track.OFFICIAL_SHA256)
@@ -326,7 +355,6 @@ def test_eligibility(track):
     assert track.ineligible(config, good) == []
     wrong = [
         ({"data_sha256": official | {"val": "other"}}, "the data are not the official files"),
-        ({"holdout_loss": None}, "there is no holdout"),
         ({"val_tokens": targets - 2048}, "validation targets, not"),
         ({"train_time_s": 60 * config.time_cap_min + 1}, "training took longer"),
         ({"world_size": 4}, "other hardware"),
@@ -442,8 +470,56 @@ def test_every_flag_has_a_help_text(track, capsys):
     assert "first epoch with layer replay (0: never) [7]" in printed
 
 
-def test_importing_the_script_does_nothing(track):
-    """So that tests and the referee can import it; and the script imports packages and the root's modules alone."""
-    source = Path(track.__file__).read_text()
-    assert source.rstrip().split("\n\n\n")[-1].startswith('if __name__ == "__main__":')
-    assert Path(track.__file__).is_relative_to(ROOT)
+def test_importing_the_script_does_nothing(track, tmp_path):
+    """So that tests and the referee can import it: no output, no file, no random numbers drawn."""
+    program = "import torch; state = torch.get_rng_state(); import {}; assert torch.equal(state, torch.get_rng_state())"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", program.format(track.__name__)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hash_of_the_code_is_over_all_of_it(track, small, folder):
+    track.set_up(flags(**small))[0].run.close()
+    saved = json.loads((folder / "config.json").read_text())["code_sha256"]
+    code = folder / "code"
+    assert track.code_sha256(code) == track.code_sha256(Path(track.__file__).parent, track.SCRIPT_FILES) == saved
+    (code / "__pycache__").mkdir()
+    (code / "__pycache__" / "model.pyc").write_text("made by resuming")
+    assert track.code_sha256(code) == saved
+    (code / "more.py").write_text("")
+    assert track.code_sha256(code) != saved
+
+
+def test_a_signal_in_the_warm_up(track, small, folder, monkeypatch, capsys):
+    """The run stops before its first step, exit code 0, and can be resumed."""
+    warm_up = track.Trainer.warm_up
+
+    def interrupted(trainer):
+        signal.raise_signal(signal.SIGINT)
+        warm_up(trainer)
+        signal.raise_signal(signal.SIGTERM)  # a second one, right after: from torchrun
+
+    monkeypatch.setattr(track.Trainer, "warm_up", interrupted)
+    assert track.main(flags(**small | {"eval_initial": True})) == 0
+    assert "stopped by SIGINT after step 0; resume with" in capsys.readouterr().out
+    assert read_metrics(folder) == ([], [])
+    monkeypatch.setattr(track.Trainer, "warm_up", warm_up)
+    assert track.main(["--resume", str(folder)]) == 0
+
+
+def test_a_signal_in_the_readout(track, small, folder, monkeypatch, capsys):
+    load_member = track.Trainer.load_member
+
+    def interrupted(trainer, member):
+        signal.raise_signal(signal.SIGTERM)
+        load_member(trainer, member)
+
+    monkeypatch.setattr(track.Trainer, "load_member", interrupted)
+    assert track.main(flags(**small)) == 0
+    assert "stopped by SIGTERM after step 11; resume with" in capsys.readouterr().out
+    assert not (folder / "result.json").exists()
+    monkeypatch.setattr(track.Trainer, "load_member", load_member)
+    assert track.main(["--resume", str(folder)]) == 0
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"

@@ -66,6 +66,12 @@ def test_processes_share_the_sequences_without_loss(track, trained):
     assert found == sorted(tuple(row) for row in whole.tolist())
 
 
+def test_a_process_without_sequences_has_nothing_to_add(track, trained):
+    config = track.Config(**{**trained.config.__dict__, "val_sequences": 3})
+    eval_set = track.EvalSet(trained.shards["val"], config, track.World(5, 8, torch.device("cpu")), None)
+    assert eval_set.nats(trained.token_losses).shape == (0, 32)
+
+
 def test_mixture_averages_probabilities(track):
     probabilities = torch.tensor([[0.5, 0.1], [0.2, 0.9]]).double()
     mixed = track.mix(list(-probabilities.log()), [1.0, 3.0])
