@@ -629,9 +629,7 @@ def read_meta(data_dir: str) -> dict | None:
 def load_shard(split: str, config: Config) -> Shard:
     """Read a split and check all that can be wrong with it."""
     path, again = Path(config.data_dir) / f"fineweb_{split}.pt", "prepare the data again, with --force"
-    require(
-        path.exists(), f"{path} not found: run python prepare_data.py, or name the folder of the data by --data-dir"
-    )
+    require(path.exists(), f"{path} not found: run python prepare_data.py, or name the data's folder by --data-dir")
     sha256, meta = sha256_file(path), read_meta(config.data_dir)
     require(not meta or split in meta["splits"], f"{path} is not in meta.json: delete it, or {again}")
     noted = meta["splits"][split]["sha256"] if meta else sha256
@@ -1251,8 +1249,10 @@ class Trainer:
         self.stopped_by = self.stopped_by or "steps"
 
     def take_signal(self, number: int, frame) -> None:
-        """Stop after the step under way. The signal may come twice, from a scheduler and from torchrun; later than that
-        it ends the process at once."""
+        """Stop after the step under way.
+
+        A second signal soon after is the same stop, from a scheduler and from torchrun; a later one ends the process.
+        """
         now = time.monotonic()
         if self.signal and now - self.signal_at > 5:
             signal.signal(number, signal.SIG_DFL)
@@ -1384,9 +1384,7 @@ class Trainer:
             for member in info["members"] if info else ():
                 path = self.run.folder / "final" / member["file"]
                 sound = path.exists() and sha256_file(path) == member["sha256"]
-                require(
-                    sound, f"{path}, which the readout needs, is missing or damaged: empty checkpoints/ to begin anew"
-                )
+                require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
             self.run.drop_metrics_after(info["step"] if info else -1)
             (self.run.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
             return info
@@ -1419,9 +1417,7 @@ class Trainer:
             write_atomically(path, partial(torch.save, content))
             result = {"track": TRACK, "status": "failed", "stopped_by": "non_finite_loss", "steps": step + 1}
             write_json(self.run.folder / "result.json", result | {"run_id": self.run.run_id})
-            kept = (
-                ", ".join(path.stem for path in self.run.checkpoints()) or "none, but the start follows from the seed"
-            )
+            kept = ", ".join(path.stem for path in self.run.checkpoints()) or "none, it begins anew"
             self.run.log(f"{path} has the tokens and the norms of all parameters; not finite: {len(bad)}, {bad[:3]}")
             self.run.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
         raise NonFiniteLoss(f"the {kind} loss is {loss} at step {step + 1}")

@@ -138,7 +138,7 @@ def test_resuming_what_does_not_fit_is_refused(track, stopped, capsys, tmp_path)
     content = member.read_bytes()
     for wrong in (content[:-1], None):
         member.unlink() if wrong is None else member.write_bytes(wrong)
-        said = "epoch_01.safetensors, which the readout needs, is missing or damaged"
+        said = "epoch_01.safetensors, of the readout, is missing or damaged"
         assert said in refused(track, resume, capsys)
     member.write_bytes(content)
     assert track.main([*resume, "--log-every=1"]) == 0  # what does not change the result may change
