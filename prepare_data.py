@@ -2,7 +2,8 @@
 
     python prepare_data.py                                   # FineWeb, 120M GPT-2 tokens -> fineweb_data/
     python prepare_data.py --verify                          # check the files that are there
-    python prepare_data.py --source my_texts/ --data-dir my_data --val-tokens 500000 --train-tokens 5000000
+    python prepare_data.py --source my_texts/ --data-dir my_data --tokenizer bytes \
+        --val-tokens 100000 --train-tokens 2000000 --holdout-tokens 100000
     python prepare_data.py --source demo                     # Python's own library, in bytes, no network -> demo_data/
     python prepare_data.py --from-hub USER/REPO              # shards that someone prepared (--push-to-hub USER/REPO)
 
@@ -61,7 +62,7 @@ class GPT2Tokenizer:
         def load(_):
             return iter([tiktoken.get_encoding("gpt2")])
 
-        self.encoding = next(retrying(load, "the GPT-2 vocabulary of tiktoken"))
+        self.encoding = next(retrying(load, "the GPT-2 vocabulary of tiktoken", VOCABULARY_ADVICE))
 
     def encode(self, text: str) -> np.ndarray:
         """text -> tokens uint32 (n,); runs without Python's global lock."""
@@ -91,10 +92,28 @@ class ByteTokenizer:
 # ======================================================================================================================
 
 
-def retrying(open_stream: Callable[[int], Iterable], what: str, attempts: int = 5, pause_s: float = 2.0) -> Iterator:
+HUB_ADVICE = """
+  network  is huggingface.co reachable? is there a proxy?{offline}
+  token    HF_TOKEN, or `hf auth login`, lifts rate limits and opens private repositories
+  cache    HF_HOME names the folder of the cache
+  instead  prepare the data on another machine and copy the folder, or use --push-to-hub and --from-hub;
+           or give a folder with the parquet files of sample-10BT as --source"""
+VOCABULARY_ADVICE = """
+  network  is the host above reachable? is there a proxy?
+  cache    TIKTOKEN_CACHE_DIR names a folder that has the vocabulary, copied from another machine
+  instead  --tokenizer bytes needs no vocabulary (for your own texts); or prepare the data on another machine"""
+
+
+def retrying(
+    open_stream: Callable[[int], Iterable],
+    what: str,
+    advice: str = HUB_ADVICE,
+    attempts: int = 5,
+    pause_s: float = 2.0,
+) -> Iterator:
     """Yield from open_stream(number of items to skip), opening it again after errors of the network.
 
-    Attempts are counted from the last item that came through, with pauses that double. ValueError says what to try when
+    Attempts are counted from the last item that came through, with pauses that double. ValueError has the advice when
     they are used up, or at once when access is denied.
     """
     done = failed = 0
@@ -110,24 +129,13 @@ def retrying(open_stream: Callable[[int], Iterable], what: str, attempts: int = 
             failed += 1
             status = getattr(getattr(error, "response", None), "status_code", None)
             if failed == attempts or status in (401, 403, 404):
-                raise ValueError(explain_network(what, error)) from error
+                offline = [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)]
+                set_here = f" {', '.join(offline)} is set: unset it" if offline else ""
+                said = f"could not reach {what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                raise ValueError(said + advice.format(offline=set_here)) from error
             pause = pause_s * 2 ** (failed - 1)
             tqdm.write(f"{what}: {type(error).__name__}, attempt {failed} of {attempts}, next in {pause:.0f} s")
             time.sleep(pause)
-
-
-def explain_network(what: str, error: Exception) -> str:
-    offline = [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)]
-    network = f"{', '.join(offline)} is set: unset it" if offline else "is huggingface.co reachable? is there a proxy?"
-    lines = [
-        f"could not reach {what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-        f"  network  {network}",
-        "  token    HF_TOKEN, or `hf auth login`, lifts rate limits and opens private repositories",
-        "  cache    HF_HOME names the folder of the cache, TIKTOKEN_CACHE_DIR that of the GPT-2 vocabulary",
-        "  instead  prepare the data on another machine and copy the folder, or use --push-to-hub and --from-hub;",
-        "           or give a folder with the parquet files of sample-10BT as --source",
-    ]
-    return "\n".join(lines)
 
 
 def fineweb_documents(revision: str) -> Iterator[str]:
@@ -356,9 +364,9 @@ def verify(data_dir: Path) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
             continue
-        published[split] = shard.sha256 == OFFICIAL_SHA256.get(split)
-        said = "the published file" if published[split] else "not the published file"
-        said = said if split in OFFICIAL_SHA256 else "no hash is published"
+        published[split], said = shard.sha256 == OFFICIAL_SHA256.get(split), "sound"
+        if split in OFFICIAL_SHA256 and (not meta or meta["source"] == "fineweb"):
+            said = "sound, the published file" if published[split] else "sound, but not the published file"
         sizes = f"{len(shard.tokens):,} tokens, {len(shard.doc_starts):,} documents"
         print(f"{split}: {sizes}, {said} ({shard.sha256[:16]})")
     if meta and meta["source"] == "fineweb":

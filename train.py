@@ -128,8 +128,11 @@ class Config(GPTConfig):
             f"the meta-gradient cannot halve {self.micro_steps} micro-step(s) of {self.micro_batch} sequences: make "
             "them even with --batch-tokens or --micro-batch, or give --no-meta-gradient",
         )
-        for name in ("swa_epochs", "readout_epochs"):
-            require(getattr(self, name) <= self.num_epochs, f"{name} exceeds num_epochs {self.num_epochs}")
+        parts = {"--swa-epochs": self.swa_epochs, "--readout-epochs": self.readout_epochs}
+        over = [f"{flag} {value}" for flag, value in parts.items() if value > self.num_epochs]
+        require(not over, f"{' and '.join(over)} exceed --num-epochs {self.num_epochs}: lower them, or train longer")
+        plain = Path(self.run_name).name == self.run_name != ".."
+        require(plain, f"--run-name {self.run_name} is not the name of a folder: --runs-dir says where it is made")
         require(0 <= self.warmdown <= 1, f"warmdown {self.warmdown} is not in [0, 1]")
 
     @property
@@ -155,7 +158,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     comments = {}
     for cls in reversed(Config.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    usage = "%(prog)s [--demo | --resume RUN_DIR] [--FLAG VALUE ...]"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--demo", action="store_true", help="toy size, for a CPU (data: make demo)")
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     for name, hint in typing.get_type_hints(Config).items():
@@ -260,7 +265,8 @@ def check_memory(config: Config, world: World) -> float:
         require(static < there, f"{said}, and the GPU has {there:.0f} GiB: use more or larger GPUs, or a smaller model")
         return needed
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    said += f", about {needed:.0f} GiB with activations; this machine has {there:.0f} GiB and no GPU in use"
+    said += f", about {needed:.0f} GiB with activations, in {str(dtype).removeprefix('torch.')}"
+    said += f"; this machine has {there:.0f} GiB and no GPU in use"
     instead = "train it on 8xH100 or one GPU of 80 GiB, or see every technique at toy size with: make demo"
     require(needed * world.size < there, f"{said}: {instead}")
     require(total < 1e8 or config.device == "cpu", f"{said}: {instead}. It fits, so --device cpu trains it, slowly")
@@ -805,7 +811,7 @@ def load_members(run_dir: str | Path, device: str | torch.device):
     """The members of a finished run's readout, loaded one at a time: yields (weight, log_probs).
 
     log_probs maps tokens (B, T) int64 to log-probabilities of the next token (B, T, V) float32, until the next member
-    is loaded. The weights sum to 1, and MIXING says how the members are mixed.
+    is loaded (ValueError after that). The weights sum to 1, and MIXING says how the members are mixed.
     """
     run_dir, device = Path(run_dir), torch.device(device)
     config = Config(**json.loads((run_dir / "config.json").read_text())["config"])
@@ -815,13 +821,16 @@ def load_members(run_dir: str | Path, device: str | torch.device):
     weights = ComputeWeights(model, dtype, requires_grad=False)
 
     @torch.no_grad()
-    def log_probs(tokens: Tensor) -> Tensor:
+    def log_probs(member: dict, tokens: Tensor) -> Tensor:
+        require(loaded[-1] is member, "the next member has taken this one's place: use them one at a time")
         return model.log_probs(tokens.to(device), weights.tensors, **final["stage"]).float()
 
+    loaded: list[dict] = []
     for member in final["members"]:
         model.load_state_dict(load_file(run_dir / "final" / member["file"]))
         weights.refresh()
-        yield member["weight"], log_probs
+        loaded.append(member)
+        yield member["weight"], partial(log_probs, member)
 
 
 # ======================================================================================================================
@@ -855,6 +864,7 @@ def write_atomically(path: Path, write) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        temporary.chmod(0o644)  # safetensors' are the owner's alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -935,8 +945,8 @@ def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> 
         require(then == now, f"{saved['folder']} was started on other data ({said}): give its --data-dir")
 
 
-def draw_curve(folder: Path) -> None:
-    """curve.png: the training loss of every step and the validation losses, from metrics.jsonl."""
+def draw_curve(folder: Path, val_loss: float | None = None) -> None:
+    """curve.png: the training loss of every step and the validation losses, from metrics.jsonl; the readout's loss."""
     from matplotlib.figure import Figure  # takes a second to import
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -947,7 +957,9 @@ def draw_curve(folder: Path) -> None:
         if points:
             label = f"{label}: {points[-1][1]:.4f}"
             axes.plot(*zip(*points, strict=True), style, linewidth=1, markersize=4, label=label)
-            axes.legend()
+    if val_loss is not None:
+        axes.axhline(val_loss, linestyle="--", linewidth=1, color="gray", label=f"readout: {val_loss:.4f}")
+    axes.legend()
     losses = [line.get("train_loss", line.get("val_loss")) for line in lines]
     losses = [loss for loss in losses if math.isfinite(loss)]
     if len(losses) > 100:  # the fall of the first steps would leave no room for what follows
@@ -1297,19 +1309,20 @@ class Trainer:
         if peak := peak_flops(self.world.device):
             used = (self.flops[done] - self.flops[step]) / step_s / self.world.size
             parts.append(f"{100 * used / peak:.1f}% mfu")
-        parts += [f"{step_s:.2f} s/step", f"eta {duration(self.remaining_s(done))}"]
+        parts += [f"{step_s:.2f} s/step", f"eta {duration(self.remaining_s(done, step_s))}"]
         printed = done % c.log_every == 0 or done == N
         self.run.progress(done, N, parts, printed)
         if printed:
             self.unprinted_s = []
 
-    def remaining_s(self, step: int) -> float:
-        """Projected time of the steps from `step` on, at the present rate of operations."""
+    def remaining_s(self, step: int, step_s: float) -> float:
+        """Projected time of the steps from `step` on, at the rate of operations of steps that take `step_s`."""
         last, ahead = self.flops[step] - self.flops[step - 1], self.flops[-1] - self.flops[step]
-        return statistics.median(self.recent_s) * ahead / last
+        return step_s * ahead / last
 
     def print_projection(self) -> None:
-        cap, total_min = self.config.time_cap_min, (self.clock.train_time_s + self.remaining_s(self.step)) / 60
+        left_s = self.remaining_s(self.step, statistics.median(self.recent_s))
+        cap, total_min = self.config.time_cap_min, (self.clock.train_time_s + left_s) / 60
         self.run.log(f"projected training time {total_min:.1f} min, cap {f'{cap:g} min' if cap else 'lifted'}")
         if 0 < cap < total_min:
             self.run.log("WARNING: training will stop early, at the cap; --time-cap-min 0 lifts it (not eligible then)")
@@ -1340,9 +1353,12 @@ class Trainer:
         self.run.record(values | {"val_loss": score.loss, "val_bpb": score.bpb})
         bpb = f" | {score.bpb:.4f} bits per byte" if score.bpb else ""
         self.run.log(f"{name} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}")
+        self.draw_curve()
+
+    def draw_curve(self, val_loss: float | None = None) -> None:
         if self.world.main:
             try:
-                draw_curve(self.run.folder)
+                draw_curve(self.run.folder, val_loss)
             except Exception as error:  # a full disk, or a library's fault: no reason to end a run
                 self.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
 
@@ -1483,6 +1499,7 @@ class Trainer:
         result = self.result(val, holdout)
         reasons = ineligible(self.config, result)
         result |= {"eligible": not reasons, "not_eligible_because": reasons}
+        self.draw_curve(val.loss)
         self.run.log(final_block(result, folder))
         try:
             require(not failure, failure)
@@ -1579,8 +1596,9 @@ def final_block(result: dict, folder: Path) -> str:
     bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
     holdout = f"{result['holdout_loss']:.4f}" if result["holdout_loss"] is not None else "none"
     because = "; ".join(result["not_eligible_because"])
+    ended = "finished" if result["stopped_by"] == "steps" else f"stopped by {result['stopped_by']}"
     lines = [
-        f"{TRACK} track, seed {result['seed']}, stopped by {result['stopped_by']} after {result['steps']:,} steps",
+        f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
         *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
         f"val_loss   {result['val_loss']:.4f} (probability_average){bpb}; best readout {result['best_val_loss']:.4f}",
         f"holdout    {holdout}",
@@ -1623,7 +1641,12 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
     check_same_data(saved, config.data_dir, hashes)
     run = Run(saved["folder"], saved["run_id"], world.main)
     world.share(run.open)
-    wandb_said = world.share(run.start_wandb, config)
+    try:
+        wandb_said = world.share(run.start_wandb, config)
+    except ValueError:
+        if resume is None:  # refused: nothing is left of it
+            shutil.rmtree(run.folder)
+        raise
     trainer = Trainer(config, world, run, plan, shards, byte_lengths)
     trainer.started = started
     run.log(header(trainer, saved, bytes_from, needed_gib, wandb_said))

@@ -312,8 +312,11 @@ def test_network_errors_are_explained(monkeypatch):
         list(retrying(open_stream, "the source"))
     message = str(caught.value)
     assert len(tries) == 5 and "could not reach the source: ConnectionError: no route to host\n" in message
-    for advice in ("HF_HUB_OFFLINE is set: unset it", "HF_TOKEN", "HF_HOME", "TIKTOKEN_CACHE_DIR", "--from-hub"):
+    for advice in ("HF_HUB_OFFLINE is set: unset it", "HF_TOKEN", "HF_HOME", "--from-hub"):
         assert advice in message
+    with pytest.raises(ValueError, match=r"TIKTOKEN_CACHE_DIR names a folder(.|\n)*--tokenizer bytes"):
+        list(retrying(open_stream, "the vocabulary", prepare_data.VOCABULARY_ADVICE, attempts=1))
+    tries.pop()
 
     class Denied(Exception):
         class response:

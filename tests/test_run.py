@@ -298,7 +298,7 @@ def test_a_result_that_cannot_be_written_is_read_out_again(track, small, folder,
 
 
 def test_a_curve_that_cannot_be_drawn_does_not_end_the_run(track, small, folder, monkeypatch, capsys):
-    def fail(folder):
+    def fail(folder, val_loss):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(track, "draw_curve", fail)
@@ -383,6 +383,7 @@ def test_wandb(track, small, folder, monkeypatch, capsys):
     monkeypatch.setattr(wandb, "init", fail)
     assert track.main(flags(**small | {"wandb": "online", "run_name": "asked"})) == 2
     assert "--wandb online failed (RuntimeError: no network)" in capsys.readouterr().err
+    assert not folder.with_name("asked").exists()
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert track.main(flags(**small | {"run_name": "found"})) == 0
     assert "wandb off, since it failed (RuntimeError: no network)" in capsys.readouterr().out
@@ -402,8 +403,10 @@ BAD_FLAGS = [
     ({"sequence_len": 2048, "batch_tokens": 65536}, "lower --sequence-len"),
     ({"window_pattern": "SXL"}, "must be of letters S and L"),
     ({"dropout": 1.0}, "dropout 1.0 is not in [0, 1)"),
-    ({"swa_epochs": 3}, "swa_epochs exceeds num_epochs 2"),
-    ({"readout_epochs": 3}, "readout_epochs exceeds num_epochs 2"),
+    ({"swa_epochs": 3}, "--swa-epochs 3 exceed --num-epochs 2: lower them"),
+    ({"swa_epochs": 3, "readout_epochs": 4}, "--swa-epochs 3 and --readout-epochs 4 exceed --num-epochs 2"),
+    ({"run_name": "../elsewhere"}, "--run-name ../elsewhere is not the name of a folder"),
+    ({"run_name": ".."}, "--run-name .. is not the name of a folder"),
     ({"warmdown": 1.5}, "warmdown 1.5 is not in [0, 1]"),
     ({"vocab_size": 50257}, "is of another tokenizer"),
     ({"data_dir": "nowhere"}, "nowhere/fineweb_train.pt not found: run python prepare_data.py"),

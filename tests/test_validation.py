@@ -106,3 +106,6 @@ def test_members_give_the_claimed_loss(track, small):
         assert weights == pytest.approx([1 / 3, 2 / 3])
         nats = -mixture.gather(-1, sequences[:, 1:, None]).log().mean().item()
         assert nats == pytest.approx(claimed, abs=1e-6)
+    (_, first), _ = track.load_members(folder, "cpu")
+    with pytest.raises(ValueError, match="use them one at a time"):
+        first(sequences[:1, :-1])
