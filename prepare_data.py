@@ -318,7 +318,7 @@ def prepare(
             splits[split] = {"tokens": len(tokens), "documents": len(doc_starts), "sha256": sha256_file(path)}
             sizes = f"{len(tokens):,} tokens, {len(doc_starts):,} documents"
             bar.write(f"{split}: {sizes}, entropy of its single tokens {entropy(tokens):.4f} nats")
-        meta = origin | {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
+        meta = origin | {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
         meta |= {"splits": splits, "token_bytes": tokenizer.token_bytes()}
         write_json(Path(staging) / "meta.json", meta)
         move_into(Path(staging), data_dir)
@@ -446,11 +446,30 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def check_overwriting(arguments: argparse.Namespace) -> None:
-    """ValueError if --data-dir has shards, and no --force says that they may go."""
-    there = sorted(path.name for path in arguments.data_dir.glob("fineweb_*.pt"))
-    if there and not arguments.force:
-        raise ValueError(f"{arguments.data_dir} has {', '.join(there)}: choose another --data-dir, or --force")
+def check_overwriting(data_dir: Path) -> None:
+    """ValueError if a data folder has shards, which --force alone may replace."""
+    there = sorted(path.name for path in data_dir.glob("fineweb_*.pt"))
+    if there:
+        raise ValueError(f"{data_dir} has {', '.join(there)}: choose another --data-dir, or --force")
+
+
+def is_there(data_dir: Path, origin: dict, wanted: dict[str, int]) -> bool:
+    """Whether a data folder has what is wanted, or a part of it is missing; ValueError if it has something else."""
+    meta = read_meta(str(data_dir))
+    if meta is None:
+        if origin["source"] == "fineweb" and is_published(data_dir):
+            print(f"{data_dir} has the published files (--force prepares them again, with a holdout and a meta.json)")
+            return True
+        check_overwriting(data_dir)
+        return False
+    there = {split: info["tokens"] for split, info in meta["splits"].items()}
+    if there != wanted or any(meta.get(key) != value for key, value in origin.items()):
+        said = f"{data_dir} has other data, {meta['source']} {there}"
+        raise ValueError(f"{said}: choose another --data-dir, or --force")
+    complete = all((data_dir / f"fineweb_{split}.pt").exists() for split in wanted)
+    if complete:
+        print(f"{data_dir} is already there (--force prepares it again)")
+    return complete
 
 
 def prepare_source(arguments: argparse.Namespace) -> None:
@@ -459,26 +478,15 @@ def prepare_source(arguments: argparse.Namespace) -> None:
     if min(budgets["val"], budgets["train"]) < 2 or min(budgets["holdout"], arguments.threads - 1) < 0:
         raise ValueError(f"the budgets {budgets} and the number of threads {arguments.threads} must be positive")
     wanted = {split: budget for split, budget in budgets.items() if budget}
-    origin = {"source": source, "tokenizer": arguments.tokenizer}
+    origin = {"source": source}
     if source not in ("fineweb", "demo"):
         files = local_files(Path(source))
         listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
-        listing = f"{len(files)} file(s), SHA-256 of names and sizes {hashlib.sha256(listing.encode()).hexdigest()}"
-        origin |= {"revision": listing, "text_field": arguments.text_field}
-    meta = read_meta(str(data_dir)) if not arguments.force else None
-    if meta:
-        there = {split: info["tokens"] for split, info in meta["splits"].items()}
-        if there != wanted or any(meta.get(key) != value for key, value in origin.items()):
-            said = f"{data_dir} has other data, {meta['source']} {there}"
-            raise ValueError(f"{said}: choose another --data-dir, or --force")
-        if all((data_dir / f"fineweb_{split}.pt").exists() for split in wanted):
-            print(f"{data_dir} is already there (--force prepares it again)")
-            return
-    elif source == "fineweb" and is_published(data_dir) and not arguments.force:
-        print(f"{data_dir} has the published files (--force prepares them again, with a holdout and a meta.json)")
+        digest = hashlib.sha256(listing.encode()).hexdigest()
+        origin |= {"revision": f"{len(files)} file(s), SHA-256 of names and sizes {digest}"}
+        origin |= {"text_field": arguments.text_field}
+    if not arguments.force and is_there(data_dir, origin | {"tokenizer": arguments.tokenizer}, wanted):
         return
-    else:
-        check_overwriting(arguments)
     if source == "fineweb":
         origin["revision"] = arguments.revision or fineweb_revision()
         documents = fineweb_documents(origin["revision"])
@@ -499,7 +507,8 @@ def main(argv: list[str] | None = None) -> int:
             push_to_hub(arguments.push_to_hub, arguments.data_dir)
         else:
             if arguments.from_hub:
-                check_overwriting(arguments)
+                if not arguments.force:
+                    check_overwriting(arguments.data_dir)
                 from_hub(arguments.from_hub, arguments.data_dir)
             elif not arguments.verify:
                 prepare_source(arguments)

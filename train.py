@@ -233,7 +233,7 @@ def set_up_world(device: str) -> World:
     cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
     require(cuda or device != "cuda", "--device cuda: torch finds no CUDA GPU here")
     cuda = cuda and device != "cpu"
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1)
     require(not cuda or here <= gpus, f"{here} processes share {gpus} GPU(s): use --nproc_per_node={gpus} or fewer")
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -877,6 +877,15 @@ def write_json(path: Path, content) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
+def try_to_write_json(path: Path, content) -> str:
+    """As write_json -> why it failed, empty if it did not."""
+    try:
+        write_json(path, content)
+        return ""
+    except OSError as error:
+        return str(error)
+
+
 def code_sha256(folder: Path, names: tuple[str, ...] = ()) -> str:
     """Of a script's files, or of all in code/: SHA-256 over a line "name, zero byte, SHA-256" for each, sorted."""
     found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
@@ -997,9 +1006,7 @@ class Run:
         except BlockingIOError:
             raise ValueError(f"another process is writing to {self.folder}: wait for its end, or stop it") from None
         except OSError as error:
-            self.log(
-                f"no locks on this disk ({error.strerror}): see to it that no other process writes to {self.folder}"
-            )
+            self.log(f"no locks on this disk ({error.strerror}): let no other process write to {self.folder}")
 
     def close(self) -> None:
         if self.bar is not None:
@@ -1141,7 +1148,7 @@ class Trainer:
         costs = [flops_per_token(config, **stage(plan, step)) * config.batch_tokens for step in range(plan.num_steps)]
         self.flops = np.cumsum([0.0, *costs])  # of all steps before a step
         self.clock, self.started, self.earlier_wall_s = Clock(), time.monotonic(), 0.0  # started: of this process
-        self.step, self.stopped_by, self.signal = 0, "", ""
+        self.step, self.stopped_by, self.signal, self.signal_at = 0, "", "", 0.0
         self.readouts: dict[str, float] = {}  # validation losses by name
         self.members: list[dict] = []  # weights kept for the readout: file, epoch, step
         self.unsaved: dict[str, dict[str, Tensor]] = {}  # those not on the disk yet, by file
@@ -1209,9 +1216,9 @@ class Trainer:
         c, device, backend = self.config, self.world.device, self.model.backend
         try:
             error = attention_error(c, device, backend) if backend != "sdpa" else 0.0
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as failure:
-            if isinstance(failure, torch.OutOfMemoryError):
-                raise
             raise ValueError(f"attention {backend} fails here ({failure}): use --attention sdpa") from failure
         require(error < 0.05, f"attention {backend} is wrong here, by {error:g}: use --attention sdpa, and report it")
         stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
@@ -1239,7 +1246,7 @@ class Trainer:
         """Train until the last step, the time cap or a signal; `stopped_by` says which."""
         keep = 1 if self.world.cuda else 0  # losses are read one step late, so that the GPU never waits
         projection_at = self.step + 10
-        if self.world.sum([bool(self.signal)])[0]:
+        if self.any_signal():
             self.stopped_by = self.stopped_by or "signal"
         if self.step == 0 and self.config.eval_initial and not self.stopped_by:
             self.validate("initial")
@@ -1271,6 +1278,10 @@ class Trainer:
             signal.raise_signal(number)
         elif not self.signal:
             self.signal, self.signal_at = signal.Signals(number).name, now
+
+    def any_signal(self) -> bool:
+        """Whether a process got one; collective."""
+        return self.world.sum([bool(self.signal)])[0] > 0
 
     def settle(self, keep: int) -> None:
         """Wait for all steps but the newest `keep`, and record them."""
@@ -1468,7 +1479,7 @@ class Trainer:
         how, nats = stage(self.plan, self.step - 1), {name: [] for name in self.eval_sets}
         losses = partial(self.token_losses, **how)
         for weight, member in zip(weights, members, strict=True):
-            if self.world.sum([bool(self.signal)])[0]:
+            if self.any_signal():
                 return None
             self.load_member(member)
             for name, eval_set in self.eval_sets.items():
@@ -1482,8 +1493,9 @@ class Trainer:
             bucket.values.copy_(bucket.grads)
         self.weights.refresh()
         self.readouts["weight_average"] = val.score(val.nats(losses)).loss
-        final = [member | {"weight": weight} for member, weight in zip(members, weights, strict=True)]
-        return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": final}
+        for weight, member in zip(weights, members, strict=True):
+            member["weight"] = weight
+        return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": members}
 
     def finish(self) -> int:
         """Read out, print the final block, write result.json, clean up -> the exit code."""
@@ -1501,11 +1513,9 @@ class Trainer:
         result |= {"eligible": not reasons, "not_eligible_because": reasons}
         self.draw_curve(val.loss)
         self.run.log(final_block(result, folder))
-        try:
-            require(not failure, failure)
-            write_json(folder / "result.json", result)
-        except (OSError, ValueError) as error:
-            self.run.log(f"the result is NOT saved ({error}): make space, then --resume {folder} goes on")
+        failure = failure or try_to_write_json(folder / "result.json", result)
+        if failure:
+            self.run.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
             return 1
         shutil.rmtree(folder / "checkpoints")
         if self.run.wandb is not None:
@@ -1519,11 +1529,7 @@ class Trainer:
                 path.unlink()
         if self.save_members():  # the disk is full: the older checkpoint makes room
             self.run.drop_checkpoints(keep=1)
-        try:
-            write_json(self.run.folder / "final" / "members.json", final)
-        except OSError as error:
-            return str(error)
-        return self.save_members()
+        return self.save_members() or try_to_write_json(self.run.folder / "final" / "members.json", final)
 
     def result(self, val: Score, holdout: Score | None) -> dict:
         """What result.json says, but for eligibility."""
@@ -1631,14 +1637,16 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
     # What is the same in all processes is checked by one: one message if it is refused.
     world.share(choose_attention, config.attention, config, world.device, compute_dtype(config, world.device))
     needed_gib = world.share(check_memory, config, world)
-    world.share(lambda: load_data(config) and None)
-    shards = load_data(config)
+    loaded: dict[str, Shard] = {}
+    world.share(lambda: loaded.update(load_data(config)))
+    shards = loaded or load_data(config)
     hashes = {split: shard.sha256 for split, shard in shards.items()}
     plan = world.share(Plan, config, len(shards["train"].sequences(config.sequence_len + 1)))
     byte_lengths, bytes_from = world.share(token_byte_lengths, config)
     if resume is None:
         saved = world.share(create_run, config, hashes)
-    check_same_data(saved, config.data_dir, hashes)
+    world.share(check_same_data, saved, config.data_dir, hashes)
+    check_same_data(saved, config.data_dir, hashes)  # the other processes may be on other disks
     run = Run(saved["folder"], saved["run_id"], world.main)
     world.share(run.open)
     try:

@@ -41,7 +41,7 @@ SHARED = {  # never adapted: each script must have a copy of each
         "sha256_file",
     ],
     "validation": ["EFFICIENCY", "EvalSet", "Score", "Trainer.validate", "data_efficiency", "token_byte_lengths"],
-    "clock": ["Clock", "Trainer.agree", "Trainer.fit", "Trainer.settle"],
+    "clock": ["Clock", "Trainer.agree", "Trainer.any_signal", "Trainer.fit", "Trainer.settle", "Trainer.take_signal"],
     "run folder": [
         "Lines",
         "Run",
@@ -52,6 +52,7 @@ SHARED = {  # never adapted: each script must have a copy of each
         "open_run",
         "read_config",
         "read_json",
+        "try_to_write_json",
         "write_atomically",
         "write_json",
     ],

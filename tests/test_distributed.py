@@ -56,6 +56,10 @@ def test_more_processes_than_gpus(track, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"8 processes share 4 GPU\(s\): use --nproc_per_node=4 or fewer"):
         track.set_up_world("auto")
+    for name, value in {"RANK": "5", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "1"}.items():  # a launcher that says less
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"6 processes share 4 GPU\(s\)"):
+        track.set_up_world("auto")
 
 
 def test_an_error_of_the_main_process_ends_all(track, small):

@@ -199,58 +199,55 @@ def test_a_full_disk_does_not_end_the_run(track, small, folder, monkeypatch, cap
     assert json.loads((folder / "result.json").read_text())["steps"] == 11
 
 
+def fill_disk(patch: pytest.MonkeyPatch, track, name: str, full) -> None:
+    """Let a function of the script that writes fail, as on a full disk, when full(*its arguments)."""
+    write = getattr(track, name)
+
+    def on_a_full_disk(*args):
+        if full(*args):
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    patch.setattr(track, name, on_a_full_disk)
+
+
 def test_members_wait_in_memory_for_space(track, small, folder, monkeypatch):
     """The disk is full at the end of the first epoch and has space again at that of the second: nothing is lost."""
     trainer, _ = track.set_up(flags(**small))
-    save_file, full = track.save_file, []
-
-    def on_a_full_disk(tensors, path):
-        if trainer.step < 11:
-            full.append(path)
-            raise OSError(28, "No space left on device")
-        save_file(tensors, path)
-
-    monkeypatch.setattr(track, "save_file", on_a_full_disk)
+    waited = []
+    fill_disk(monkeypatch, track, "save_file", lambda tensors, path: trainer.step < 11 and not waited.append(path))
     trainer.fit()
-    assert full and not trainer.unsaved
+    assert waited and not trainer.unsaved
     trainer.finish()
     result = json.loads((folder / "result.json").read_text())
     assert set(result["final_sha256"]) == {"epoch_01.safetensors", "epoch_02.safetensors", "members.json"}
 
 
-def test_a_result_is_not_saved_without_its_members(track, small, folder, monkeypatch, capsys):
-    """A full disk at the end: the older checkpoint makes room; where that does not help, the run can be resumed."""
-    save_file = track.save_file
-
-    def on_a_full_disk(tensors, path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(track, "save_file", on_a_full_disk)
-    assert track.main(flags(**small)) == 1
+@pytest.mark.parametrize("name", ["save_file", "write_json"])
+def test_a_result_that_cannot_be_saved_can_be_resumed(track, small, folder, capsys, name):
+    """The disk has no space for the members, or for result.json: the loss is printed, and nothing looks finished."""
+    with pytest.MonkeyPatch.context() as patch:
+        fill_disk(patch, track, name, lambda *args: name == "save_file" or args[0].name == "result.json")
+        assert track.main(flags(**small)) == 1
     printed = capsys.readouterr().out
     assert "val_loss " in printed and f"make space, then --resume {folder} goes on" in printed
     assert not (folder / "result.json").exists()
-    monkeypatch.setattr(track, "save_file", save_file)
     assert track.main(["--resume", str(folder)]) == 0
-    assert set(json.loads((folder / "result.json").read_text())["final_sha256"]) == {
-        "epoch_01.safetensors", "epoch_02.safetensors", "members.json",
-    }  # fmt: skip
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 11
+    assert set(result["final_sha256"]) == {"epoch_01.safetensors", "epoch_02.safetensors", "members.json"}
 
 
 def test_the_older_checkpoint_makes_room_for_the_result(track, small, folder, monkeypatch):
     trainer, _ = track.set_up(flags(**small | {"checkpoint_min": 0.0}))
-    save_file = track.save_file
-
-    def on_a_full_disk(tensors, path):
-        if trainer.step == 11 and len(trainer.run.checkpoints()) > 1:
-            raise OSError(28, "No space left on device")
-        save_file(tensors, path)
-
-    monkeypatch.setattr(track, "save_file", on_a_full_disk)
+    fill_disk(monkeypatch, track, "save_file", lambda *_: trainer.step == 11 and len(trainer.run.checkpoints()) > 1)
     trainer.fit()
     assert trainer.unsaved and len(trainer.run.checkpoints()) == 2
     assert trainer.finish() == 0
-    assert "epoch_02.safetensors" in json.loads((folder / "result.json").read_text())["final_sha256"]
+    hashes = json.loads((folder / "result.json").read_text())["final_sha256"]
+    assert "epoch_02.safetensors" in hashes
+    for member in json.loads((folder / "final" / "members.json").read_text())["members"]:
+        assert member["sha256"] == hashes[member["file"]]
 
 
 class FullDisk:
@@ -277,24 +274,6 @@ def test_lines_wait_for_space(track, tmp_path):
     lines.file = lines.file.file
     lines.write("end\n")
     assert (tmp_path / "log.txt").read_text() == "".join(f"line {i}\n" for i in range(50)) + "end\n"
-
-
-def test_a_result_that_cannot_be_written_is_read_out_again(track, small, folder, monkeypatch, capsys):
-    write_json = track.write_json
-
-    def on_a_full_disk(path, content):
-        if path.name == "result.json":
-            raise OSError(28, "No space left on device")
-        write_json(path, content)
-
-    monkeypatch.setattr(track, "write_json", on_a_full_disk)
-    assert track.main(flags(**small)) == 1
-    printed = capsys.readouterr().out
-    assert "val_loss " in printed and f"make space, then --resume {folder} goes on" in printed
-    assert not (folder / "result.json").exists()
-    monkeypatch.setattr(track, "write_json", write_json)
-    assert track.main(["--resume", str(folder)]) == 0
-    assert json.loads((folder / "result.json").read_text())["steps"] == 11
 
 
 def test_a_curve_that_cannot_be_drawn_does_not_end_the_run(track, small, folder, monkeypatch, capsys):
