@@ -233,6 +233,68 @@ def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, 
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
+CHUNK = 4096  # positions whose logits exist at a time in training
+
+
+def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
+    """Loss of n positions with K targets each, and its gradient by the logits before their soft cap.
+
+    logits (n, padded V), targets (n, K) int64 (negative: none), weights (K,) float32 or wider -> the sum of weight *
+    nats over positions and targets, that of the first targets' nats, both () float32 or wider, and the gradient of the
+    former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on take no part.
+    """
+    bent = torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+    capped = cap * bent
+    capped[:, vocab_size:] = -torch.inf
+    log_probs, slope = capped.log_softmax(-1), 1 - bent.square()
+    index, shares = targets.clamp_min(0), weights * (targets >= 0)
+    nats, total = -log_probs.gather(1, index), shares.sum(1, keepdim=True)
+    grad = (total * log_probs.exp() * slope).to(logits.dtype)
+    # Where the targets are, the difference is made before it is rounded; a token may be a target more than once.
+    wanted = (shares[:, None] * (index[:, :, None] == index[:, None])).sum(-1)
+    at_targets = (total * (-nats).exp() - wanted) * slope.gather(1, index)
+    grad = grad.scatter(1, index, at_targets.to(grad.dtype))
+    return (shares * nats).sum(), (nats * (targets >= 0))[:, 0].sum(), grad
+
+
+def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
+    """x (n, C), lm_head (padded V, C) -> the losses of capped_cross_entropy, their gradients by x and by lm_head."""
+    loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
+    return loss, first_loss, grad @ lm_head, grad.T @ x
+
+
+class HeadLoss(torch.autograd.Function):
+    """The head and the loss behind it, in chunks of positions whose gradients are made in the forward pass.
+
+    Autograd would keep the logits, and float32 copies of them, of all positions until the backward pass. So only a
+    chunk's exist at a time, and what is kept is the gradients, of x and, summed in float32, of the head.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, lm_head: Tensor, targets: Tensor, chunk):
+        """x (n, C), targets (n, K); chunk: (x, lm_head, targets) of some positions -> as head_chunk.
+
+        -> (Weighted sum of the losses, sum of the first targets' losses), both (); only the former has a gradient.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        losses, x_grad = torch.zeros(2, dtype=wide, device=x.device), torch.empty_like(x)
+        lm_head_grad = torch.zeros_like(lm_head, dtype=wide)
+        for start in range(0, len(x), CHUNK):
+            rows = slice(start, start + CHUNK)
+            *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, targets[rows])
+            losses += torch.stack(parts)
+            lm_head_grad += lm_head_part
+        ctx.save_for_backward(x_grad, lm_head_grad.to(lm_head.dtype))
+        loss, first_loss = losses.unbind()
+        ctx.mark_non_differentiable(first_loss)
+        return loss, first_loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        x_grad, lm_head_grad = ctx.saved_tensors
+        return x_grad * grad, lm_head_grad * grad, None, None
+
+
 def draw_dropped(config: GPTConfig, replay: bool, *seed: int) -> list[bool] | None:
     """Stochastic depth (arXiv 1603.09382): a flag per call of a block, the MTP block's last; None if it is off.
 
@@ -364,9 +426,9 @@ class ComputeWeights:
 class GPT(nn.Module):
     """Decoder-only transformer with U-Net skips, value embeddings, mixed and gated heads, layer replay and MTP."""
 
-    def __init__(self, config: GPTConfig, backend: str = "sdpa"):
+    def __init__(self, config: GPTConfig, attention: str = "sdpa"):
         super().__init__()
-        self.config, self.backend, L, C = config, backend, config.n_layer, config.n_embd
+        self.config, self.backend, L, C = config, attention, config.n_layer, config.n_embd
         with_ve = [i for i in range(L) if config.has_value_embedding(i)]
         self.transformer = nn.ModuleDict(
             {
@@ -381,7 +443,8 @@ class GPT(nn.Module):
         if config.mtp_weight:
             self.mtp_proj = nn.Linear(2 * C, C, bias=False)
             self.mtp_block = Block(config, value_embedding=False)
-        self._layer, self._mtp_layer, self._cross_entropy = layer, mtp_layer, cross_entropy
+        self._layer, self._mtp_layer = layer, mtp_layer
+        self._cross_entropy, self._head_chunk = cross_entropy, head_chunk
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -407,8 +470,9 @@ class GPT(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile per layer: layers of a kind share one graph, and gradients become available during backward."""
-        self._layer, self._mtp_layer, self._cross_entropy = (
-            torch.compile(function, dynamic=False, fullgraph=True) for function in (layer, mtp_layer, cross_entropy)
+        functions = (layer, mtp_layer, cross_entropy, head_chunk)
+        self._layer, self._mtp_layer, self._cross_entropy, self._head_chunk = (
+            torch.compile(function, dynamic=False, fullgraph=True) for function in functions
         )
 
     def sources(self) -> dict[str, dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]]:
@@ -465,17 +529,22 @@ class GPT(nn.Module):
         tokens, targets (B, T) int64 -> (this sum, the next-token loss), both () float32 or wider, nats per token.
         """
         config, w = self.config, w or self.weights()
-        lm_head, wte, head = w["io"]["lm_head"], w["io"]["wte"], (config.vocab_size, config.logit_cap)
         x = self.trunk(w, tokens, replay, dropped)
-        lm_loss = self._cross_entropy(x, lm_head, targets, *head).mean()
+        lm_loss = self.head_loss(w, x, targets)
         if not config.mtp_weight:
             return lm_loss, lm_loss
-        z = torch.cat([x[:, :-1], norm(F.embedding(targets[:, :-1], wte))], dim=-1)  # (B, T - 1, 2 C)
-        z = F.linear(z, w["io"]["mtp_proj"])
+        next_embedding = norm(F.embedding(targets[:, :-1], w["io"]["wte"]))
+        z = F.linear(torch.cat([x[:, :-1], next_embedding], dim=-1), w["io"]["mtp_proj"])  # of (B, T - 1, 2 C)
         is_dropped, settings = dropped is not None and dropped[-1], self._settings(config.sequence_len)
         z = self._mtp_layer(w["mtp_block"], z, self.rotary(z.size(1)), dropped=is_dropped, **settings)
-        mtp_loss = self._cross_entropy(z, lm_head, targets[:, 1:], *head).mean()
-        return lm_loss + config.mtp_weight * mtp_loss, lm_loss
+        return lm_loss + config.mtp_weight * self.head_loss(w, z, targets[:, 1:]), lm_loss
+
+    def head_loss(self, w: Weights, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""
+        settings = {"vocab_size": self.config.vocab_size, "cap": self.config.logit_cap}
+        weights = torch.ones(1, dtype=self.x0_lambdas.dtype, device=x.device)
+        chunk = partial(self._head_chunk, weights=weights, **settings)
+        return HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], targets.reshape(-1, 1), chunk)[0] / targets.numel()
 
     def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, replay=False) -> Tensor:
         """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
@@ -490,10 +559,10 @@ class GPT(nn.Module):
         return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
 
 
-def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, backend: str) -> GPT:
+def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
     """A model for a device, its parameters not filled yet: float32 or wider, wte of the compute dtype."""
     with torch.device("meta"):
-        model = GPT(config, backend).to(torch.promote_types(dtype, torch.float32))
+        model = GPT(config, **kernels).to(torch.promote_types(dtype, torch.float32))
         model.transformer.wte.to(dtype)
     return model.to_empty(device=device)
 
@@ -557,19 +626,3 @@ def flops_per_token(config: GPTConfig, replay: bool) -> float:
     if config.mtp_weight:
         weights, keys, heads = weights + per_block + 2 * C * C, keys + T / 2, 2
     return 6 * (weights + heads * C * config.padded_vocab) + 12 * C * keys
-
-
-def memory_gib(config: GPTConfig, world_size: int, rows: int, dtype: torch.dtype, meta: bool, replay: bool):
-    """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all with `rows` sequences a pass).
-
-    The last is an estimate, from what autograd keeps of each layer and of the logits.
-    """
-    with torch.device("meta"):
-        total = sum(p.numel() for p in GPT(config).parameters())
-    C, V, tables = config.n_embd, config.padded_vocab, 2 * config.padded_vocab * config.n_embd
-    # float32: masters and two gradients; AdamW keeps two moments of the tables, Muon one of the rest and a moved copy
-    static = 4 * (3 * total + (total + tables) / world_size + (total - tables) * meta) + dtype.itemsize * total
-    per_layer = (13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C
-    logits = V * (dtype.itemsize + 8) * (2 if config.mtp_weight else 1) + 8 * V
-    activations = rows * config.sequence_len * (per_layer * len(config.layer_order(replay)) + logits)
-    return total, static / 2**30, (static + activations) / 2**30

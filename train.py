@@ -45,6 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
+    CHUNK,
     GPT,
     ComputeWeights,
     GPTConfig,
@@ -55,7 +56,6 @@ from model import (
     draw_dropped,
     flops_per_token,
     has_bfloat16,
-    memory_gib,
     peak_flops,
     require,
 )
@@ -108,37 +108,43 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
-        positive.append("log_every")
-        for name in [*positive, "device_batch", "swa_epochs", "replay_from_epoch", "time_cap_min", "meta_step", "seed"]:
-            value, least = getattr(self, name), 1 if name in positive else 0
-            require(value >= least, f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
-        group = VIRTUAL_RANKS * self.micro_batch * self.sequence_len
-        require(
-            self.batch_tokens % group == 0,
-            f"batch_tokens {self.batch_tokens} is not a multiple of {VIRTUAL_RANKS} virtual ranks x micro_batch "
-            f"{self.micro_batch} x sequence_len {self.sequence_len} = {group}: change --batch-tokens",
-        )
-        require(
-            self.micro_batch % (self.device_batch or self.micro_batch) == 0,
-            f"device_batch {self.device_batch} does not divide micro_batch {self.micro_batch}",
-        )
-        require(
-            not self.meta_gradient or (self.micro_batch if self.micro_steps == 1 else self.micro_steps) % 2 == 0,
-            f"the meta-gradient cannot halve {self.micro_steps} micro-step(s) of {self.micro_batch} sequences: make "
-            "them even with --batch-tokens or --micro-batch, or give --no-meta-gradient",
-        )
-        parts = {"--swa-epochs": self.swa_epochs, "--readout-epochs": self.readout_epochs}
-        over = [f"{flag} {value}" for flag, value in parts.items() if value > self.num_epochs]
-        require(not over, f"{' and '.join(over)} exceed --num-epochs {self.num_epochs}: lower them, or train longer")
-        plain = Path(self.run_name).name == self.run_name != ".."
-        require(plain, f"--run-name {self.run_name} is not the name of a folder: --runs-dir says where it is made")
-        require(0 <= self.warmdown <= 1, f"warmdown {self.warmdown} is not in [0, 1]")
+        check_config(self)
+        require(self.replay_from_epoch >= 0, f"--replay-from-epoch is {self.replay_from_epoch}: 0 is never")
 
     @property
     def micro_steps(self) -> int:
         """Micro-steps of a virtual rank in an optimizer step."""
         return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
+
+
+def check_config(c: Config) -> None:
+    """Refuse settings that do not go together (ValueError); those that the tracks share."""
+    positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
+    positive.append("log_every")
+    for name in [*positive, "device_batch", "swa_epochs", "time_cap_min", "meta_step", "seed"]:
+        value, least = getattr(c, name), 1 if name in positive else 0
+        require(value >= least, f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    group = VIRTUAL_RANKS * c.micro_batch * c.sequence_len
+    require(
+        c.batch_tokens % group == 0,
+        f"batch_tokens {c.batch_tokens} is not a multiple of {VIRTUAL_RANKS} virtual ranks x micro_batch "
+        f"{c.micro_batch} x sequence_len {c.sequence_len} = {group}: change --batch-tokens",
+    )
+    require(
+        c.micro_batch % (c.device_batch or c.micro_batch) == 0,
+        f"device_batch {c.device_batch} does not divide micro_batch {c.micro_batch}",
+    )
+    require(
+        not c.meta_gradient or (c.micro_batch if c.micro_steps == 1 else c.micro_steps) % 2 == 0,
+        f"the meta-gradient cannot halve {c.micro_steps} micro-step(s) of {c.micro_batch} sequences: make "
+        "them even with --batch-tokens or --micro-batch, or give --no-meta-gradient",
+    )
+    parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.readout_epochs}
+    over = [f"{flag} {value}" for flag, value in parts.items() if value > c.num_epochs]
+    require(not over, f"{' and '.join(over)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
+    plain = Path(c.run_name).name == c.run_name != ".."
+    require(plain, f"--run-name {c.run_name} is not the name of a folder: --runs-dir says where it is made")
+    require(0 <= c.warmdown <= 1, f"warmdown {c.warmdown} is not in [0, 1]")
 
 
 DEMO = {  # --demo: every technique, at a size that two CPU cores train in about two minutes
@@ -254,11 +260,48 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
+def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
+    return {"attention": choose_attention(config.attention, config, device, dtype)}
+
+
+def check_kernels(config: Config, device: torch.device, attention: str) -> None:
+    """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
+    try:
+        error = attention_error(config, device, attention) if attention != "sdpa" else 0.0
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as failure:
+        raise ValueError(f"attention {attention} fails here ({failure}): use --attention sdpa") from failure
+    require(error < 0.05, f"attention {attention} is wrong here, by {error:g}: use --attention sdpa, and report it")
+
+
+def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
+    """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all).
+
+    The last is an estimate, from what autograd keeps of each layer, and from the logits of a chunk.
+    """
+    with torch.device("meta"):
+        total = sum(p.numel() for p in GPT(config).parameters())
+    C, V, positions = (
+        config.n_embd,
+        config.padded_vocab,
+        (config.device_batch or config.micro_batch) * config.sequence_len,
+    )
+    tables = 2 * V * C
+    # float32: masters and two gradients; AdamW keeps two moments of the tables, Muon one of the rest and a moved copy
+    static = 3 * total + (total + tables) / world_size + (total - tables) * config.meta_gradient
+    static = 4 * static + dtype.itemsize * total
+    per_layer = (13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C
+    layers = len(config.layer_order(replay=config.replay_from_epoch > 0))
+    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + tables / 2 * 8  # a chunk's logits; the gradient
+    return total, static / 2**30, (static + positions * per_layer * layers + head) / 2**30
+
+
 def check_memory(config: Config, world: World) -> float:
     """Refuse a model that cannot fit, before anything is allocated -> estimated GiB per process."""
-    rows, dtype = config.device_batch or config.micro_batch, compute_dtype(config, world.device)
-    replay = config.replay_from_epoch > 0
-    total, static, needed = memory_gib(config, world.size, rows, dtype, config.meta_gradient, replay)
+    dtype = compute_dtype(config, world.device)
+    total, static, needed = memory_gib(config, world.size, dtype)
     said = f"{total / 1e6:,.0f}M parameters need {static:.0f} GiB per process for weights, gradients and optimizer"
     if world.cuda:
         there = torch.cuda.get_device_properties(world.device).total_memory / 2**30
@@ -267,7 +310,7 @@ def check_memory(config: Config, world: World) -> float:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     said += f", about {needed:.0f} GiB with activations, in {str(dtype).removeprefix('torch.')}"
     said += f"; this machine has {there:.0f} GiB and no GPU in use"
-    instead = "train it on 8xH100 or one GPU of 80 GiB, or see every technique at toy size with: make demo"
+    instead = "train it on 8xH100 or one GPU of 80 GiB, or see every technique at toy size with --demo"
     require(needed * world.size < there, f"{said}: {instead}")
     require(total < 1e8 or config.device == "cpu", f"{said}: {instead}. It fits, so --device cpu trains it, slowly")
     return needed
@@ -291,7 +334,10 @@ POLAR_EXPRESS = (  # coefficients of the five steps
 
 
 def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
-    """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor)."""
+    """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor).
+
+    `moved`: the meta-gradient step moves them.
+    """
     lr, decay, betas = config.lr_multiplier, config.weight_decay, (0.8, 0.95)
     mixes = [name for name in names if name.endswith("_mix")]
     table = [  # method, parameters, learning rate, weight decay, betas
@@ -303,7 +349,8 @@ def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     ]
     taken = {name for row in table for name in row[1]}
     table.append(("muon", [name for name in names if name not in taken], config.matrix_lr * lr, decay, ()))
-    return [dict(zip(("kind", "params", "lr", "weight_decay", "betas"), row, strict=True)) for row in table]
+    groups = [dict(zip(("kind", "params", "lr", "weight_decay", "betas"), row, strict=True)) for row in table]
+    return [group | {"moved": group["kind"] == "muon"} for group in groups]
 
 
 def polar_express(x: Tensor) -> Tensor:
@@ -376,6 +423,7 @@ class Bucket:
         else:
             self.state = {"exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)}
             self.lr = group["lr"]
+        self.moments = tuple(self.state.values())
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """A parameter's part of a buffer, in its shape or that of its state."""
@@ -413,7 +461,7 @@ class MuonAdamW:
                 names = [name for name in group["params"] if shape in (params[name].shape, ())]
                 self.buckets.append(Bucket({name: params[name] for name in names}, group, world))
         self.buckets.sort(key=lambda bucket: -bucket.values.numel())
-        self.matrices = [bucket for bucket in self.buckets if bucket.kind == "muon"]
+        self.moved = [bucket for bucket in self.buckets if bucket.group["moved"]]
         self.world, self.dtype, self.steps = world, dtype, 0
         self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
 
@@ -436,9 +484,9 @@ class MuonAdamW:
                 sums[i].wait()
             own, rates = bucket.values[bucket.own], (bucket.lr * lr, bucket.group["weight_decay"] * decay)
             if bucket.kind == "muon":
-                self.muon_update(own, parts[i], *bucket.state.values(), *rates, mu, self.dtype)
+                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype)
             else:
-                adamw_update(own, parts[i], *bucket.state.values(), *rates, *bucket.group["betas"], step)
+                adamw_update(own, parts[i], *bucket.moments, *rates, *bucket.group["betas"], step)
             if sums:
                 gathers.append(all_gather(bucket.values, own, async_op=True))
         for gather in gathers:
@@ -477,14 +525,28 @@ class MuonAdamW:
                 part.copy_(whole[bucket.own])
 
 
+def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype, compile: bool) -> MuonAdamW:
+    """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it."""
+    groups = optimizer_groups(config, [name for name, _ in model.named_parameters()])
+    in_bfloat16 = world.cuda and dtype == torch.bfloat16
+    return MuonAdamW(model, groups, world, dtype if in_bfloat16 else torch.promote_types(dtype, torch.float32), compile)
+
+
+@torch.no_grad()
+def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
+    """The end of an optimizer step."""
+    values = schedule(plan, step)
+    optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
+
+
 @torch.no_grad()
 def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, eta: float) -> None:
     """Add the gradient of a virtual rank to the parameters' .grad, with or without the meta-gradient step.
 
     halves: two functions that run forward and backward over half of its micro-steps each, into the gradients of
-    `weights`; or one that does all of it. For the second half the Muon matrices are moved by eta down the first half's
-    gradient (one norm over all of them). The moved point is made from the float32 masters and rounded once; the masters
-    are never written to.
+    `weights`; or one that does all of it. For the second half the matrices of the groups marked `moved` are moved by
+    eta down the first half's gradient (one norm over all of them). The moved point is made from the float32 masters and
+    rounded once; the masters are never written to.
     """
 
     def run(half) -> None:
@@ -495,17 +557,16 @@ def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, et
 
     if len(halves) == 1:
         return run(halves[0])
-    matrices = optimizer.matrices
-    for bucket in matrices:
+    for bucket in optimizer.moved:
         bucket.probe = torch.zeros_like(bucket.grads) if bucket.probe is None else bucket.probe.zero_()
         bucket.use(bucket.values, bucket.probe)
     run(halves[0])
-    length = torch.stack([bucket.probe.norm() for bucket in matrices]).norm().clamp_min(1e-30)
-    for bucket in matrices:
+    length = torch.stack([bucket.probe.norm() for bucket in optimizer.moved]).norm().clamp_min(1e-30)
+    for bucket in optimizer.moved:
         bucket.grads.add_(bucket.probe)
         bucket.use(bucket.probe.mul_(-eta / length).add_(bucket.values), bucket.grads)
     run(halves[1])
-    for bucket in matrices:
+    for bucket in optimizer.moved:
         bucket.use(bucket.values, bucket.grads)
 
 
@@ -584,6 +645,18 @@ def stage(plan: Plan, step: int) -> dict:
     return {"replay": 0 < plan.config.replay_from_epoch <= plan.epochs_done(step) + 1}
 
 
+def pass_arguments(plan: Plan, step: int, micro_step: int) -> dict:
+    """What else the model needs for the training loss: the layers that stochastic depth drops."""
+    seed = plan.config.seed, step, micro_step
+    return {"dropped": draw_dropped(plan.config, stage(plan, step)["replay"], *seed)}
+
+
+def warm_up_arguments(config: Config, replay: bool) -> list[dict]:
+    """pass_arguments that lead to other graphs: no layer is dropped, all are."""
+    dropped = [None, [True] * (len(config.layer_order(replay)) + 1)]
+    return [{"dropped": flags} for flags in dropped[: 1 + (config.stochastic_depth > 0)]]
+
+
 def schedule(plan: Plan, step: int) -> dict[str, float]:
     """The values of all schedules at a step."""
     c, N = plan.config, plan.num_steps
@@ -635,7 +708,8 @@ def read_meta(data_dir: str) -> dict | None:
 def load_shard(split: str, config: Config) -> Shard:
     """Read a split and check all that can be wrong with it."""
     path, again = Path(config.data_dir) / f"fineweb_{split}.pt", "prepare the data again, with --force"
-    require(path.exists(), f"{path} not found: run python prepare_data.py, or name the data's folder by --data-dir")
+    prepare = "python prepare_data.py" + " --source demo" * (config.data_dir == DEMO["data_dir"])
+    require(path.exists(), f"{path} not found: run {prepare}, or name the data's folder by --data-dir")
     sha256, meta = sha256_file(path), read_meta(config.data_dir)
     require(not meta or split in meta["splits"], f"{path} is not in meta.json: delete it, or {again}")
     noted = meta["splits"][split]["sha256"] if meta else sha256
@@ -801,6 +875,11 @@ def data_efficiency(loss: float) -> float | str:
     return "> 20x"
 
 
+def member_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In which a member of the readout keeps a parameter: matrices as they compute, lambdas and mixes as they are."""
+    return p.dtype if p.ndim < 2 or name.endswith("_mix") else dtype
+
+
 def mix(nats: list[Tensor], weights: list[float]) -> Tensor:
     """Nats of the members' averaged probabilities: -log(sum_i w_i exp(-nats_i) / sum_i w_i)."""
     logs = [math.log(weight / sum(weights)) - member for weight, member in zip(weights, nats, strict=True)]
@@ -817,7 +896,8 @@ def load_members(run_dir: str | Path, device: str | torch.device):
     config = Config(**json.loads((run_dir / "config.json").read_text())["config"])
     final = json.loads((run_dir / "final" / "members.json").read_text())
     dtype = compute_dtype(config, device)
-    model = build(config, device, dtype, choose_attention("auto", config, device, dtype)).eval()
+    kernels = choose_kernels(dataclasses.replace(config, attention="auto"), device, dtype)
+    model = build(config, device, dtype, **kernels).eval()
     weights = ComputeWeights(model, dtype, requires_grad=False)
 
     @torch.no_grad()
@@ -1129,18 +1209,15 @@ class Trainer:
         self.config, self.world, self.run, self.plan, self.shards = config, world, run, plan, shards
         self.dtype = compute_dtype(config, world.device)
         self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
-        backend = choose_attention(config.attention, config, world.device, self.dtype)
-        self.model = build(config, world.device, self.dtype, backend)
+        self.kernels = choose_kernels(config, world.device, self.dtype)
+        self.model = build(config, world.device, self.dtype, **self.kernels)
         torch.manual_seed(config.seed)
         self.model.init_weights()
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # graphs of a function: training, validation, windows, replay
             self.model.compile_layers()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
-        groups = optimizer_groups(config, [name for name, _ in self.model.named_parameters()])
-        in_bfloat16 = world.cuda and self.dtype == torch.bfloat16
-        orthogonal_dtype = torch.bfloat16 if in_bfloat16 else self.model.lm_head.weight.dtype
-        self.optimizer = MuonAdamW(self.model, groups, world, orthogonal_dtype, self.compiled)
+        self.optimizer = build_optimizer(config, self.model, world, self.dtype, self.compiled)
         self.optimizer.broadcast_values()
         self.weights = ComputeWeights(self.model, self.dtype)
         self.loader = TrainLoader(shards["train"], plan, world.virtual_ranks)
@@ -1174,28 +1251,27 @@ class Trainer:
 
     def run_pieces(self, step: int, v: int, pieces: list, share: float, totals: Tensor) -> None:
         """Accumulate gradients and losses of pieces of virtual rank v. Dropout is seeded by what they are."""
-        c, how = self.config, stage(self.plan, step)
+        c = self.config
         for index, (micro_step, rows) in pieces:
-            dropped = draw_dropped(c, how["replay"], c.seed, step, micro_step)
+            how = stage(self.plan, step) | pass_arguments(self.plan, step, micro_step)
             for i, chunk in enumerate(rows.split(c.device_batch or len(rows))):
                 seed = np.random.SeedSequence((c.seed, step, v, index, i)).generate_state(1, np.uint64)
                 torch.manual_seed(int(seed[0]))
-                totals += self.backward(chunk, share * len(chunk) / len(rows), dropped=dropped, **how)
+                totals += self.backward(chunk, share * len(chunk) / len(rows), **how)
 
     def train_step(self, step: int):
         """Enqueue an optimizer step -> a function that waits for it and returns this process' share of the losses."""
-        values = schedule(self.plan, step)
-        batch = torch.from_numpy(self.loader.batch(step).astype(np.int64))
+        eta, batch = schedule(self.plan, step)["meta_step"], torch.from_numpy(self.loader.batch(step).astype(np.int64))
         if self.world.cuda:
             batch = batch.pin_memory().to(self.world.device, non_blocking=True)
-        totals = torch.zeros(2, dtype=self.model.lm_head.weight.dtype, device=self.world.device)
+        totals = torch.zeros(2, dtype=self.model.x0_lambdas.dtype, device=self.world.device)
         for v, micro_steps in zip(self.world.virtual_ranks, batch, strict=True):
             pieces = list(enumerate(self.pieces(micro_steps)))
             middle = len(pieces) // 2
             halves = [pieces[:middle], pieces[middle:]] if self.config.meta_gradient else [pieces]
             run = partial(self.run_pieces, step, v, share=1 / (VIRTUAL_RANKS * len(pieces)), totals=totals)
-            add_gradient(self.weights, self.optimizer, [partial(run, half) for half in halves], values["meta_step"])
-        self.optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
+            add_gradient(self.weights, self.optimizer, [partial(run, half) for half in halves], eta)
+        update_weights(self.optimizer, self.plan, step)
         if not self.world.cuda:
             return totals.tolist
         host, event = torch.empty_like(totals, device="cpu", pin_memory=True), torch.cuda.Event()
@@ -1212,24 +1288,17 @@ class Trainer:
         return losses
 
     def warm_up(self) -> None:
-        """Check the attention; run every graph that the run will need, on random tokens; leave no trace of it."""
-        c, device, backend = self.config, self.world.device, self.model.backend
-        try:
-            error = attention_error(c, device, backend) if backend != "sdpa" else 0.0
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as failure:
-            raise ValueError(f"attention {backend} fails here ({failure}): use --attention sdpa") from failure
-        require(error < 0.05, f"attention {backend} is wrong here, by {error:g}: use --attention sdpa, and report it")
+        """Check the kernels; run every graph that the run will need, on random tokens; leave no trace of it."""
+        c, device = self.config, self.world.device
+        check_kernels(c, device, **self.kernels)
         stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
         with torch.random.fork_rng([device] if self.world.cuda else []):
             for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
                 for how in stages.values() if self.world.main == main_turn else ():
                     shape = (c.micro_steps, c.micro_batch, c.sequence_len + 1)  # graphs depend on shapes and strides
                     rows = self.pieces(torch.randint(c.vocab_size, shape, device=device))[0][1]
-                    all_dropped = [True] * (len(c.layer_order(**how)) + 1)
-                    for dropped in (None, all_dropped) if c.stochastic_depth else (None,):
-                        run = partial(self.backward, rows[: c.device_batch or None], 1.0, dropped=dropped, **how)
+                    for arguments in warm_up_arguments(c, **how):
+                        run = partial(self.backward, rows[: c.device_batch or None], 1.0, **how, **arguments)
                         add_gradient(self.weights, self.optimizer, [run] * (1 + c.meta_gradient), 0.0)
                     batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
                     self.token_losses(batch[:, :-1], batch[:, 1:], **how)
@@ -1348,8 +1417,7 @@ class Trainer:
             if self.world.main:
                 tensors = self.unsaved[file] = {}
                 for name, p in self.model.named_parameters():
-                    small = p.ndim < 2 or name.endswith("_mix")  # lambdas and mixes are kept as they are
-                    tensors[name] = p.detach().to("cpu", p.dtype if small else self.dtype, copy=True)
+                    tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
 
     def validate(self, name: str) -> None:
         """Score the model as it was trained in the epoch just finished."""
@@ -1467,42 +1535,12 @@ class Trainer:
         self.optimizer.broadcast_values()
         self.weights.refresh()
 
-    def read_out(self) -> tuple[Score, Score | None, dict] | None:
-        """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
-
-        None if a signal comes. It averages the probabilities that the members give to each target. Recorded beside it:
-        the same with equal weights, and the loss of the members' average weights.
-        """
-        members, val = self.members[-self.config.readout_epochs :], self.eval_sets["val"]
-        buckets = self.optimizer.buckets
-        weights = [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
-        how, nats = stage(self.plan, self.step - 1), {name: [] for name in self.eval_sets}
-        losses = partial(self.token_losses, **how)
-        for weight, member in zip(weights, members, strict=True):
-            if self.any_signal():
-                return None
-            self.load_member(member)
-            for name, eval_set in self.eval_sets.items():
-                nats[name].append(eval_set.nats(losses))
-            for bucket in buckets:
-                bucket.grads.add_(bucket.values, alpha=weight)  # the gradients' memory has no other use any more
-        scores = {name: eval_set.score(mix(nats[name], weights)) for name, eval_set in self.eval_sets.items()}
-        self.readouts["probability_average"] = scores["val"].loss
-        self.readouts["probability_average_equal_weights"] = val.score(mix(nats["val"], [1.0] * len(members))).loss
-        for bucket in buckets:
-            bucket.values.copy_(bucket.grads)
-        self.weights.refresh()
-        self.readouts["weight_average"] = val.score(val.nats(losses)).loss
-        for weight, member in zip(weights, members, strict=True):
-            member["weight"] = weight
-        return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": members}
-
     def finish(self) -> int:
         """Read out, print the final block, write result.json, clean up -> the exit code."""
-        read_out = self.read_out()
-        if read_out is None:
+        found = read_out(self)
+        if found is None:
             return self.say_how_to_resume()
-        val, holdout, final = read_out
+        val, holdout, final = found
         if not all(map(math.isfinite, self.readouts.values())):
             self.fail("validation", val.loss, self.step - 1)
         if not self.world.main:
@@ -1548,7 +1586,7 @@ class Trainer:
             "steps": self.step, "tokens": tokens, "epochs": self.plan.epochs_done(self.step),
             "train_time_s": seconds, "wall_time_s": self.wall_time_s(), "time_cap_min": c.time_cap_min,
             "seed": c.seed, "world_size": world.size, "device": device_name(world.device),
-            "attention": self.model.backend, "dtype": str(self.dtype).removeprefix("torch."), "compiled": self.compiled,
+            **self.kernels, "dtype": str(self.dtype).removeprefix("torch."), "compiled": self.compiled,
             "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
             "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / seconds,
             "mfu": self.flops[self.step] / seconds / peak / world.size if peak else None,
@@ -1556,6 +1594,45 @@ class Trainer:
             "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
             "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
         }  # fmt: skip
+
+
+def use_average(trainer: Trainer, members: list[dict], weights: list[float]) -> None:
+    """Put the weighted average of the members' weights into the model."""
+    buckets = trainer.optimizer.buckets
+    trainer.optimizer.zero_grad()
+    for weight, member in zip(weights, members, strict=True):
+        trainer.load_member(member)
+        for bucket in buckets:
+            bucket.grads.add_(bucket.values, alpha=weight)  # the gradients' memory has no other use any more
+    for bucket in buckets:
+        bucket.values.copy_(bucket.grads)
+    trainer.weights.refresh()
+
+
+def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
+    """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
+
+    None if a signal comes. It averages the probabilities that the members give to each target. Recorded beside it:
+    the same with equal weights, and the loss of the members' average weights.
+    """
+    members, eval_sets = trainer.members[-trainer.config.readout_epochs :], trainer.eval_sets
+    weights = [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
+    how, nats = stage(trainer.plan, trainer.step - 1), {name: [] for name in eval_sets}
+    losses = partial(trainer.token_losses, **how)
+    for weight, member in zip(weights, members, strict=True):
+        if trainer.any_signal():
+            return None
+        trainer.load_member(member)
+        for name, eval_set in eval_sets.items():
+            nats[name].append(eval_set.nats(losses))
+        member["weight"] = weight
+    scores = {name: eval_set.score(mix(nats[name], weights)) for name, eval_set in eval_sets.items()}
+    trainer.readouts["probability_average"] = scores["val"].loss
+    equal = mix(nats["val"], [1.0] * len(members))
+    trainer.readouts["probability_average_equal_weights"] = eval_sets["val"].score(equal).loss
+    use_average(trainer, members, weights)
+    trainer.readouts["weight_average"] = eval_sets["val"].score(eval_sets["val"].nats(losses)).loss
+    return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": members}
 
 
 def ineligible(config: Config, result: dict) -> list[str]:
@@ -1581,14 +1658,14 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wa
     data = f"{sizes} tokens ({'official' if official else 'not the official files'}); bytes of tokens {bytes_from}"
     device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     compiled = "compiled" if trainer.compiled else "not compiled"
-    attention = trainer.model.backend
-    if world.cuda and (attention, c.attention) == ("sdpa", "auto"):
-        attention += " (slow: flash attention does not run here, --attention varlen says why)"
+    kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
+    if world.cuda and (trainer.kernels["attention"], c.attention) == ("sdpa", "auto"):
+        kernels += " (slow: flash attention does not run here, --attention varlen says why)"
     lines = {
         "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
         "settings": settings,
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
-        "device": f"{device}, attention {attention}, {compiled}, about {needed_gib:.2g} GiB per process",
+        "device": f"{device}, {kernels}, {compiled}, about {needed_gib:.2g} GiB per process",
         "data": f"{c.data_dir}: {data}",
         "model": f"{trainer.num_parameters:,} parameters",
         "plan": f"{trainer.plan.num_steps:,} steps of {c.batch_tokens:,} tokens, {c.num_epochs} epochs, "
@@ -1606,7 +1683,7 @@ def final_block(result: dict, folder: Path) -> str:
     lines = [
         f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
         *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
-        f"val_loss   {result['val_loss']:.4f} (probability_average){bpb}; best readout {result['best_val_loss']:.4f}",
+        f"val_loss   {result['val_loss']:.4f} ({MIXING}_average){bpb}; best readout {result['best_val_loss']:.4f}",
         f"holdout    {holdout}",
         f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
         f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "
@@ -1635,7 +1712,7 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
                 print(f"{resume} has finished, see {resume}/result.json")
             return None, True
     # What is the same in all processes is checked by one: one message if it is refused.
-    world.share(choose_attention, config.attention, config, world.device, compute_dtype(config, world.device))
+    world.share(choose_kernels, config, world.device, compute_dtype(config, world.device))
     needed_gib = world.share(check_memory, config, world)
     loaded: dict[str, Shard] = {}
     world.share(lambda: loaded.update(load_data(config)))

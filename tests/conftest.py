@@ -15,20 +15,37 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # the models are tiny
-TRACKS = {"limited": "train"}  # track -> module; a new track adds itself here and passes the same tests
+TRACKS = {"limited": "train", "tiny": "tiny.train"}  # track -> module; a new track adds itself here and below
 
 V = 97  # vocabulary of the small data; the BOS is 96
-SMALL = {  # flags of a run of 11 steps, two epochs of 5.5 steps, that takes a second or two
-    "vocab_size": V, "sequence_len": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "replay_start": 1, "replay_end": 2,
-    "replay_from_epoch": 2, "num_epochs": 2, "swa_epochs": 1, "readout_epochs": 2, "batch_tokens": 1024,
-    "micro_batch": 2, "eval_batch": 8, "log_every": 5, "dropout": 0.0, "lr_multiplier": 1.0, "weight_decay": 0.3,
+COMMON = {
+    "vocab_size": V, "sequence_len": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "num_epochs": 2, "swa_epochs": 1,
+    "readout_epochs": 2, "batch_tokens": 1024, "micro_batch": 2, "eval_batch": 8, "log_every": 5, "dropout": 0.0,
+    "lr_multiplier": 1.0, "weight_decay": 0.3,
 }  # fmt: skip
+SMALL = {  # flags of a run of 11 steps, two epochs of 5.5 steps, that takes a second or two
+    "limited": COMMON | {"replay_start": 1, "replay_end": 2, "replay_from_epoch": 2},
+    "tiny": COMMON | {"passes_from": 0.5, "decay_hold": 0, "decay_low": 1, "ema_every": 2},
+}
+NOISE = {"limited": {"dropout": 0.1, "stochastic_depth": 0.1}, "tiny": {"dropout": 0.1}}  # flags of what is random
+# What the model switches late in a run, and how it is called before and after
+STAGES = {
+    "limited": ({"replay": False}, {"replay": True}),
+    "tiny": ({"passes": 1}, {"passes": 2}),
+}
+FOUR_LAYERS = {"limited": {"n_layer": 4, "replay_start": 2, "replay_end": 3}, "tiny": {"n_layer": 4}}
 
 
 @pytest.fixture(params=TRACKS)
 def track(request):
     """The module of a track's script; tests with this argument run once for each track."""
     return importlib.import_module(TRACKS[request.param])
+
+
+@pytest.fixture
+def model(track):
+    """The module of a track's GPT: model.py, or its script."""
+    return sys.modules[track.GPT.__module__]
 
 
 def golden(name: str) -> dict:
@@ -87,9 +104,14 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def small(data_dir, tmp_path) -> dict:
+def small(track, data_dir, tmp_path) -> dict:
     """Fields of Config for a small run in a folder of its own."""
-    return SMALL | {"data_dir": str(data_dir), "runs_dir": str(tmp_path / "runs"), "run_name": "run", "device": "cpu"}
+    return SMALL[track.TRACK] | {
+        "data_dir": str(data_dir),
+        "runs_dir": str(tmp_path / "runs"),
+        "run_name": "run",
+        "device": "cpu",
+    }
 
 
 @pytest.fixture(autouse=True)

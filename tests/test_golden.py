@@ -6,117 +6,140 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_figures, golden, set_golden_parameters
+from conftest import TRACKS, assert_figures, golden, set_golden_parameters
 
 import prepare_data
-import train
-from model import GPT, ComputeWeights
 
-LIMITED = golden("limited")
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-def golden_config() -> train.Config:
-    c = LIMITED["config"]
-    start, end = c["replay_layers"]
-    sizes = {name: c[name] for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "logit_cap")}
-    config = train.Config(
-        **sizes, mtp_weight=c["mtp_weight"], window_pattern=c["window_pattern"], dropout=0.0, replay_start=start,
-        replay_end=end, replay_loops=c["replay_loops"], batch_tokens=8 * 2 * 2 * c["sequence_len"], micro_batch=2,
-    )  # fmt: skip
-    assert config.padded_vocab == c["padded_vocab"]
-    return config
+class Golden:
+    """A track's golden numbers, and the model and optimizer that they are of."""
+
+    def __init__(self, track, model):
+        self.track, self.module, self.numbers = track, model, golden(track.TRACK)
+        self.sizes, self.cases = self.numbers["config"], self.numbers["cases"]
+
+    def config(self):
+        c = self.sizes
+        names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "logit_cap", "window_pattern")
+        values = {name: c[name] for name in names} | {"dropout": 0.0, "micro_batch": 2}
+        values["batch_tokens"] = 8 * 2 * 2 * c["sequence_len"]
+        if "replay_layers" in c:
+            values |= dict(zip(("replay_start", "replay_end"), c["replay_layers"], strict=True))
+            values |= {"replay_loops": c["replay_loops"], "mtp_weight": c["mtp_weight"]}
+        config = self.track.Config(**values)
+        assert config.padded_vocab == c["padded_vocab"]
+        return config
+
+    def model(self, dtype: torch.dtype) -> torch.nn.Module:
+        model = self.track.GPT(self.config()).to(dtype)
+        assert {name: list(p.shape) for name, p in model.named_parameters()} == self.numbers["shapes"]
+        set_golden_parameters(model, self.sizes["param_seed"], model.config.n_embd)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        return model
+
+    def weights(self, model, dtype: torch.dtype):
+        weights = self.track.ComputeWeights(model, dtype)
+        weights.refresh()
+        return weights
+
+    def optimizer(self, model, dtype: torch.dtype):
+        world = self.track.World(0, 1, torch.device("cpu"))
+        return self.track.build_optimizer(model.config, model, world, dtype, compile=False)
+
+    def tokens(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (self.sizes["batch"], self.sizes["sequence_len"] + 1)
+        tokens = torch.from_numpy(np.random.RandomState(seed).randint(0, self.sizes["vocab_size"], shape))
+        return tokens[:, :-1], tokens[:, 1:]
 
 
-def golden_model(dtype: torch.dtype) -> GPT:
-    model = GPT(golden_config()).to(dtype)
-    assert {name: list(p.shape) for name, p in model.named_parameters()} == LIMITED["shapes"]
-    set_golden_parameters(model, LIMITED["config"]["param_seed"], model.config.n_embd)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    return model
+@pytest.fixture
+def gold(track, model) -> Golden:
+    return Golden(track, model)
 
 
-def golden_tokens(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    c = LIMITED["config"]
-    shape = (c["batch"], c["sequence_len"] + 1)
-    tokens = torch.from_numpy(np.random.RandomState(seed).randint(0, c["vocab_size"], shape))
-    return tokens[:, :-1], tokens[:, 1:]
+def cases() -> list:
+    """Every case of every track but the meta-gradient, and how the model is called for it."""
+    found = []
+    for name in TRACKS:
+        for case, numbers in golden(name)["cases"].items():
+            if case != "meta_gradient":
+                how = {"replay": case == "replay"} if name == "limited" else {"passes": numbers["passes"]}
+                found.append(pytest.param(name, case, how, id=f"{name}-{case}"))
+    return found
 
 
-def gradients(model: GPT) -> dict[str, torch.Tensor]:
+def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
 @DTYPES
-@pytest.mark.parametrize("case", ["no_replay", "replay"])
+@pytest.mark.parametrize("track, case, how", cases(), indirect=["track"])
 @pytest.mark.parametrize("on_the_fly", [True, False])
-def test_losses_and_gradients(dtype, case, on_the_fly):
-    model, expected, tolerance = golden_model(dtype), LIMITED["cases"][case], TOLERANCE[dtype]
-    tokens, targets = golden_tokens(LIMITED["config"]["token_seed"])
-    weights = ComputeWeights(model, dtype)
-    weights.refresh()
-    w, replay = (None if on_the_fly else weights.tensors), case == "replay"
-    loss, lm_loss = model.training_loss(tokens, targets, w, replay=replay)
+def test_losses_and_gradients(gold, dtype, case, how, on_the_fly):
+    model, expected, tolerance = gold.model(dtype), gold.cases[case], TOLERANCE[dtype]
+    tokens, targets = gold.tokens(gold.sizes["token_seed"])
+    weights = gold.weights(model, dtype)
+    w, extra = (None if on_the_fly else weights.tensors), {}
+    if expected.get("mtp_weights"):
+        extra["mtp_weights"] = expected["mtp_weights"]
+    loss, lm_loss = model.training_loss(tokens, targets, w, **how, **extra)
     loss.backward()
     weights.pull_back()  # adds nothing if the weights were made on the fly
     assert loss.item() == pytest.approx(expected["loss"], rel=tolerance)
-    assert lm_loss.item() == pytest.approx(expected["lm_loss"], rel=tolerance)
-    mtp_loss = (loss - lm_loss).item() / LIMITED["config"]["mtp_weight"]
-    assert mtp_loss == pytest.approx(expected["mtp_loss"], rel=10 * tolerance)
-    token_losses = model.token_losses(tokens, targets, w, replay=replay)
+    token_losses = model.token_losses(tokens, targets, w, **how)
     np.testing.assert_allclose(token_losses.detach().numpy(), expected["token_losses"], rtol=tolerance)
+    assert lm_loss.item() == pytest.approx(np.mean(expected["token_losses"]), rel=tolerance)
+    if "mtp_loss" in expected:
+        mtp_loss = (loss - lm_loss).item() / gold.sizes["mtp_weight"]
+        assert mtp_loss == pytest.approx(expected["mtp_loss"], rel=10 * tolerance)
     assert_figures(gradients(model), expected["grads"], tolerance)
 
 
-def golden_optimizer(model: GPT, dtype: torch.dtype) -> train.MuonAdamW:
-    groups = train.optimizer_groups(model.config, [name for name, _ in model.named_parameters()])
-    return train.MuonAdamW(model, groups, train.World(0, 1, torch.device("cpu")), dtype)
-
-
 @DTYPES
-def test_meta_gradient(dtype):
-    expected, tolerance = LIMITED["cases"]["meta_gradient"], TOLERANCE[dtype]
-    model = golden_model(dtype)
+def test_meta_gradient(gold, dtype):
+    expected, tolerance, model = gold.cases["meta_gradient"], TOLERANCE[dtype], gold.model(dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer, weights, losses = golden_optimizer(model, dtype), ComputeWeights(model, dtype), []
+    optimizer, weights, losses = gold.optimizer(model, dtype), gold.weights(model, dtype), []
 
     def half(seed: int) -> None:
-        loss, _ = model.training_loss(*golden_tokens(seed), weights.tensors)
+        loss, _ = model.training_loss(*gold.tokens(seed), weights.tensors)
         (loss / 2).backward()
         losses.append(loss.item())
 
-    seed = LIMITED["config"]["param_seed"] + 700
+    seed = gold.sizes["param_seed"] + 700
     halves = [partial(half, seed), partial(half, seed + 1)]
-    train.add_gradient(weights, optimizer, halves, expected["step_norm"])
+    gold.track.add_gradient(weights, optimizer, halves, expected["step_norm"])
     assert losses[0] == pytest.approx(expected["loss_first_half"], rel=tolerance)
     assert losses[1] == pytest.approx(expected["loss_second_half_at_adapted_point"], rel=tolerance)
-    assert sum(len(bucket.params) for bucket in optimizer.matrices) == expected["num_matrices"]
+    assert sum(len(bucket.params) for bucket in optimizer.moved) == expected["num_matrices"]
     assert_figures(gradients(model), expected["grads"], tolerance)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), f"{name} was not put back"
 
 
 @DTYPES
-def test_three_optimizer_steps(dtype):
-    model, expected, tolerance = golden_model(dtype), LIMITED["after_3_steps"], TOLERANCE[dtype]
-    optimizer, weights = golden_optimizer(model, dtype), ComputeWeights(model, dtype)
-    seed = LIMITED["config"]["param_seed"]
+def test_three_optimizer_steps(gold, dtype):
+    model, expected, tolerance = gold.model(dtype), gold.numbers["after_3_steps"], TOLERANCE[dtype]
+    optimizer, weights = gold.optimizer(model, dtype), gold.weights(model, dtype)
+    seed = gold.sizes["param_seed"]
     for step in range(3):
         weights.refresh()
-        model.training_loss(*golden_tokens(seed + 600 + step), weights.tensors)[0].backward()
+        model.training_loss(*gold.tokens(seed + 600 + step), weights.tensors)[0].backward()
         weights.pull_back()
         optimizer.step(lr=1.0, weight_decay=1.0, mu=0.95)
     assert_figures(dict(model.named_parameters()), expected["params"], tolerance)
-    loss, _ = model.training_loss(*golden_tokens(LIMITED["config"]["token_seed"]))
+    loss, _ = model.training_loss(*gold.tokens(gold.sizes["token_seed"]))
     assert loss.item() == pytest.approx(expected["loss"], rel=tolerance)
 
 
-def test_optimizer_groups():
-    names = list(LIMITED["shapes"])
-    found = {name: group for group in train.optimizer_groups(golden_config(), names) for name in group["params"]}
-    expected = {name: group for group in LIMITED["optimizer_groups"] for name in group["params"]}
+def test_optimizer_groups(gold):
+    names = list(gold.numbers["shapes"])
+    found = {name: group for group in gold.track.optimizer_groups(gold.config(), names) for name in group["params"]}
+    expected = {name: group for group in gold.numbers["optimizer_groups"] for name in group["params"]}
     assert found.keys() == expected.keys()
     for name, group in expected.items():
         assert found[name]["kind"] == group["kind"], name
@@ -125,22 +148,29 @@ def test_optimizer_groups():
         assert list(found[name]["betas"]) == group["betas"], name
 
 
-def test_schedules():
-    expected = golden("schedules")["limited"]
-    config = train.Config(num_epochs=expected["num_epochs"], swa_epochs=expected["swa_epochs"])
+def test_schedules(track):
+    expected = golden("schedules")[track.TRACK]
+    config = track.Config()
+    assert (config.num_epochs, config.swa_epochs) == (expected["num_epochs"], expected["swa_epochs"])
+    plan = track.Plan(config, 48804)
     N = expected["num_steps"]
+    assert plan.num_steps == N
+    functions = {
+        "lr": lambda step: track.lr_multiplier(config, step, N),
+        "warmdown": lambda step: track.warmdown(config, step, N),
+        "wd": lambda step: track.weight_decay_multiplier(config, step, N),
+        "momentum": track.muon_momentum,
+        "mtp_weights": lambda step: list(track.mtp_weights(config, step, N)),
+        "passes": lambda step: track.stage(plan, step)["passes"],
+    }
+    checked = [name for name in functions if name in expected]
+    assert set(checked) == expected.keys() - {"num_steps", "steps", "num_epochs", "swa_epochs"}
     for i, step in enumerate(expected["steps"]):
-        found = {
-            "lr": train.lr_multiplier(config, step, N),
-            "warmdown": train.warmdown(config, step, N),
-            "wd": train.weight_decay_multiplier(config, step, N),
-            "momentum": train.muon_momentum(step),
-        }
-        for name, value in found.items():
-            assert value == pytest.approx(expected[name][i], abs=1e-12), (name, step)
+        for name in checked:
+            assert functions[name](step) == pytest.approx(expected[name][i], abs=1e-12), (name, step)
 
 
-def golden_shard() -> tuple[train.Shard, dict]:
+def golden_shard(track) -> tuple:
     expected = golden("data")
     random = np.random.RandomState(expected["seed"])
     lengths = random.randint(3, 60, size=expected["num_docs"])
@@ -148,29 +178,29 @@ def golden_shard() -> tuple[train.Shard, dict]:
     tokens = random.randint(0, 50256, size=lengths.sum()).astype(np.uint16)
     tokens[starts] = 50256
     assert len(tokens) == expected["num_tokens"]
-    return train.Shard(tokens, starts, 43, ""), expected
+    return track.Shard(tokens, starts, 43, ""), expected
 
 
 def as_figures(sequences) -> list[list[int]]:
     return [[int(s[0]), int(s[-1]), int(s.astype(np.int64).sum())] for s in sequences]
 
 
-def test_training_order():
-    shard, expected = golden_shard()
+def test_training_order(track):
+    shard, expected = golden_shard(track)
     T, group = expected["sequence_len"], expected["group"]
-    config = train.Config(sequence_len=T, micro_batch=4, batch_tokens=8 * 4 * T, num_epochs=4, swa_epochs=1)
-    plan = train.Plan(config, len(shard.sequences(T + 1)))
+    config = track.Config(sequence_len=T, micro_batch=4, batch_tokens=8 * 4 * T)
+    plan = track.Plan(config, len(shard.sequences(T + 1)))
     for epoch, order in expected["train_epochs"]["order"].items():
-        sequences, permutation = train.TrainLoader(shard, plan, range(8)).make_epoch(int(epoch))
+        sequences, permutation = track.TrainLoader(shard, plan, range(8)).make_epoch(int(epoch))
         assert len(sequences) // group * group == expected["train_epochs"]["sequences_per_epoch"][epoch]
         assert as_figures(sequences[permutation[: len(order)]]) == order
 
 
-def test_validation_order():
-    shard, expected = golden_shard()
+def test_validation_order(track):
+    shard, expected = golden_shard(track)
     T = expected["sequence_len"]
-    config = train.Config(sequence_len=T, micro_batch=4, batch_tokens=8 * 4 * T)
-    found = train.EvalSet(shard, config, train.World(0, 1, torch.device("cpu")), None).sequences.numpy()
+    config = track.Config(sequence_len=T, micro_batch=4, batch_tokens=8 * 4 * T)
+    found = track.EvalSet(shard, config, track.World(0, 1, torch.device("cpu")), None).sequences.numpy()
     assert len(found) == expected["validation"]["num_sequences"]
     assert as_figures(found[:40]) == expected["validation"]["order"]
 

@@ -7,7 +7,7 @@ import torch
 from conftest import SMALL, flags
 
 import model as model_module
-from model import GPT, ComputeWeights, GPTConfig, attend, draw_dropped, dropout, flops_per_token, memory_gib
+from model import GPT, ComputeWeights, GPTConfig, attend, draw_dropped, dropout, flops_per_token
 
 FIELDS = {field.name for field in dataclasses.fields(GPTConfig)}
 SIZES = {name: value for name, value in SMALL.items() if name in FIELDS}

@@ -78,7 +78,7 @@ def test_muon_step_written_out(shape):
 
 def test_shape_factor(track, small):
     _, optimizer = make_optimizer(track, small)
-    for bucket in optimizer.matrices:
+    for bucket in optimizer.moved:
         rows, cols = bucket.values.shape[1:]
         assert bucket.lr == pytest.approx(0.04 * max(1, math.sqrt(rows / cols)))
 

@@ -1,0 +1,2565 @@
+"""The tiny track of NanoGPT Slowrun: the lowest validation loss from 100M tokens of FineWeb in 15 minutes on 8xH100.
+
+    python prepare_data.py                                  # once: writes fineweb_data/
+    torchrun --standalone --nproc_per_node=8 tiny/train.py  # the current record. Published: 3.295 in 14.2 minutes
+    python tiny/train.py --demo                             # every technique at toy size, on a CPU (data: make demo)
+
+1, 2, 4 or 8 processes compute the same thing: a batch is that of 8 virtual ranks, which the processes share. Every
+field of Config is a flag: see --help. A run writes runs/<name>/, and one that was stopped or killed goes on with
+--resume runs/<name>. What the root's train.py and model.py have too is marked as copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import resource
+import secrets
+import shutil
+import signal
+import statistics
+import sys
+import time
+import typing
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from tqdm import tqdm
+
+TRACK = "tiny"
+SCRIPT_FILES = ("train.py",)  # what a run folder keeps as code/
+# Copied from train.py: VIRTUAL_RANKS
+VIRTUAL_RANKS = 8
+# Copied from model.py: Weights
+Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
+
+
+# Copied from model.py: require
+def require(ok: bool, message: str) -> None:
+    """For what a user can get wrong."""
+    if not ok:
+        raise ValueError(message)
+
+
+# ======================================================================================================================
+# Config
+# ======================================================================================================================
+
+
+# Adapted from model.py: GPTConfig -- passes instead of layer replay, one dropout, no extra block
+@dataclass(frozen=True)
+class GPTConfig:
+    """What the model is. The defaults are the current record of the tiny track, 300M parameters."""
+
+    vocab_size: int = 50257  # token ids of the data; the tables have this rounded up to a multiple of 64
+    sequence_len: int = 2048  # tokens in a training or validation sequence
+    n_layer: int = 16  # transformer blocks; even, since the U-Net pairs them
+    n_head: int = 8  # attention heads
+    n_embd: int = 1024  # width of the residual stream
+    window_pattern: str = "SSSL"  # attention windows by layer, repeated: S = T/2, L = T; the last layer is always L
+    logit_cap: float = 15.0  # soft cap of the logits, cap * tanh(logits / cap)
+    dropout: float = 0.1  # on the output of attention
+    passes: int = 2  # passes through the whole stack late in training, and in the readout (1: no recurrence)
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd", "passes")}
+        require(min(sizes.values()) > 0, f"sizes must be positive: {sizes}")
+        require(self.sequence_len >= 4, f"sequence_len {self.sequence_len} is too short: at least 4 are needed")
+        require(
+            self.n_embd % (4 * self.n_head) == 0,
+            f"n_embd {self.n_embd} / n_head {self.n_head} = {self.n_embd / self.n_head:g}: the dimensions of a head "
+            "must be a multiple of 4, change --n-embd or --n-head",
+        )
+        require(self.n_embd >= 32, f"n_embd {self.n_embd} is too small: gates read the first 32 dimensions")
+        require(self.n_layer % 2 == 0, f"n_layer {self.n_layer} is odd: the U-Net pairs layers, change --n-layer")
+        letters = set(self.window_pattern)
+        require(letters and letters <= set("SL"), f"window_pattern {self.window_pattern!r} must be of letters S and L")
+        require(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
+        require(self.logit_cap > 0, "logit_cap must be positive")
+
+    # Copied from model.py: GPTConfig.padded_vocab
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // 64) * 64
+
+    # Copied from model.py: GPTConfig.hidden
+    @property
+    def hidden(self) -> int:
+        """Width of the SwiGLU MLP: 8/3 C, rounded up to a multiple of 256."""
+        return -(-(8 * self.n_embd // 3) // 256) * 256
+
+    # Copied from model.py: GPTConfig.window
+    def window(self, i: int) -> int:
+        """How many positions back layer i attends, besides its own."""
+        short = self.window_pattern[i % len(self.window_pattern)] == "S" and i < self.n_layer - 1
+        return self.sequence_len // 2 if short else self.sequence_len
+
+    # Copied from model.py: GPTConfig.has_value_embedding
+    def has_value_embedding(self, i: int) -> bool:
+        return i % 2 == (self.n_layer - 1) % 2
+
+
+# Adapted from train.py: Config -- the track's own numbers, passes and prediction of several tokens
+@dataclass(frozen=True)
+class Config(GPTConfig):
+    """How the model is trained. The defaults, with those of GPTConfig, are the current record."""
+
+    data_dir: str = "fineweb_data"  # folder with fineweb_train.pt, fineweb_val.pt and fineweb_holdout.pt
+    val_sequences: int = 4864  # sequences of the validation set, and of the holdout, that are scored at most
+    num_epochs: int = 15  # passes over the training data
+    batch_tokens: int = 524288  # tokens of an optimizer step
+    micro_batch: int = 32  # sequences of a micro-step of one of the 8 virtual ranks
+    device_batch: int = 0  # sequences of a forward pass: fewer save memory, same mathematics (0: micro_batch)
+    eval_batch: int = 8  # sequences of a forward pass in validation, per process
+    eval_initial: bool = False  # validate before the first step too
+    seed: int = 42  # seed of the initial weights and dropout; the data order has none
+    time_cap_min: float = 15.0  # minutes of training time (0: no cap, and the run is not eligible)
+    lr_multiplier: float = 0.8  # factor on all learning rates below
+    matrix_lr: float = 0.04  # Muon: all matrices but the tables and the head gates
+    embedding_lr: float = 0.15  # AdamW: wte
+    head_lr: float = 0.001  # AdamW: lm_head
+    scalar_lr: float = 0.25  # AdamW: x0_lambdas, attn_gate, xsa_alphas; times 0.01, resid_lambdas and skip_weights
+    weight_decay: float = 0.8  # of matrices and tables, at the start
+    decay_hold: int = 2  # epoch until whose end the weight decay stays
+    decay_low: int = 8  # epoch until whose end it falls
+    decay_low_value: float = 0.1  # to this
+    decay_end_value: float = 0.93  # weight decay at the end of training
+    warmdown: float = 0.4  # part of the steps, at the end, over which the learning rate falls linearly
+    swa_epochs: int = 4  # last epochs, with a cyclic learning rate (0: none)
+    readout_epochs: int = 4  # last epochs, whose final weights are averaged with weights 1:2:3...
+    ema_every: int = 10  # steps between updates of the exponential moving average of the weights
+    ema_decay: float = 0.15  # what an epoch leaves of the average before it
+    passes_from: float = 0.7  # part of the steps with a single pass
+    mtp_weight_1: float = 0.5  # weight at the start of the loss on the token after next
+    mtp_weight_2: float = 0.25  # weight at the start of the loss on the token after that
+    mtp_until: float = (
+        0.66  # part of the steps over which they fall to 0: the latter in its first half, then the former
+    )
+    meta_gradient: bool = True  # take the second half of a gradient at a point moved down the first half's
+    meta_step: float = 0.5  # length of that move
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA where there is a GPU
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the GPU has it
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
+    head: Literal["auto", "fp8", "plain"] = "auto"  # lm_head in training; auto: fp8 where the GPU has it
+    checkpoint_min: float = 10.0  # minutes between checkpoints, besides those at the ends of epochs
+    log_every: int = 10  # steps between printed lines
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: where WANDB_API_KEY is set
+    runs_dir: str = "runs"  # where run folders are made
+    run_name: str = ""  # name of the run folder (empty: track, time and seed)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_config(self)
+        require(
+            0 <= self.decay_hold <= self.decay_low <= self.num_epochs,
+            f"--decay-hold {self.decay_hold} and --decay-low {self.decay_low} must be in this order, from 0 to "
+            f"--num-epochs {self.num_epochs}",
+        )
+        for name in ("weight_decay", "ema_every", "mtp_until"):
+            require(getattr(self, name) > 0, f"--{name.replace('_', '-')} {getattr(self, name)} must be positive")
+        for name in ("passes_from", "mtp_until"):
+            require(getattr(self, name) <= 1, f"--{name.replace('_', '-')} {getattr(self, name)} is more than 1")
+        require(0 < self.ema_decay < 1, f"--ema-decay {self.ema_decay} is not between 0 and 1")
+
+    # Copied from train.py: Config.micro_steps
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps of a virtual rank in an optimizer step."""
+        return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
+
+
+# Copied from train.py: check_config
+def check_config(c: Config) -> None:
+    """Refuse settings that do not go together (ValueError); those that the tracks share."""
+    positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
+    positive.append("log_every")
+    for name in [*positive, "device_batch", "swa_epochs", "time_cap_min", "meta_step", "seed"]:
+        value, least = getattr(c, name), 1 if name in positive else 0
+        require(value >= least, f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    group = VIRTUAL_RANKS * c.micro_batch * c.sequence_len
+    require(
+        c.batch_tokens % group == 0,
+        f"batch_tokens {c.batch_tokens} is not a multiple of {VIRTUAL_RANKS} virtual ranks x micro_batch "
+        f"{c.micro_batch} x sequence_len {c.sequence_len} = {group}: change --batch-tokens",
+    )
+    require(
+        c.micro_batch % (c.device_batch or c.micro_batch) == 0,
+        f"device_batch {c.device_batch} does not divide micro_batch {c.micro_batch}",
+    )
+    require(
+        not c.meta_gradient or (c.micro_batch if c.micro_steps == 1 else c.micro_steps) % 2 == 0,
+        f"the meta-gradient cannot halve {c.micro_steps} micro-step(s) of {c.micro_batch} sequences: make "
+        "them even with --batch-tokens or --micro-batch, or give --no-meta-gradient",
+    )
+    parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.readout_epochs}
+    over = [f"{flag} {value}" for flag, value in parts.items() if value > c.num_epochs]
+    require(not over, f"{' and '.join(over)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
+    plain = Path(c.run_name).name == c.run_name != ".."
+    require(plain, f"--run-name {c.run_name} is not the name of a folder: --runs-dir says where it is made")
+    require(0 <= c.warmdown <= 1, f"warmdown {c.warmdown} is not in [0, 1]")
+
+
+# Adapted from train.py: DEMO -- the track's own techniques
+DEMO = {  # --demo: every technique, at a size that two CPU cores train in less than two minutes
+    "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
+    "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 8, "eval_batch": 16, "val_sequences": 496,
+    "swa_epochs": 2, "readout_epochs": 2, "decay_hold": 1, "decay_low": 3, "weight_decay": 0.3,
+    "decay_end_value": 0.35, "compile": "off", "eval_initial": True, "log_every": 10,
+}  # fmt: skip
+# Copied from train.py: RESUME_MAY_CHANGE
+RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
+
+
+# Copied from train.py: parse_arguments
+def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
+    """Command line -> (fields of Config that were given, run folder to resume or None).
+
+    Every field is a flag with its comment as help text. --demo stands for the values in DEMO, which flags override.
+    """
+    comments = {}
+    for cls in reversed(Config.__mro__[:-1]):
+        comments |= dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
+    usage = "%(prog)s [--demo | --resume RUN_DIR] [--FLAG VALUE ...]"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("--demo", action="store_true", help="toy size, for a CPU (data: make demo)")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
+    for name, hint in typing.get_type_hints(Config).items():
+        default, text = getattr(Config, name), comments[name].replace("%", "%%")
+        kind = {"type": hint, "metavar": getattr(hint, "__name__", "")}
+        if hint is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(hint) is Literal:
+            kind = {"choices": typing.get_args(hint)}
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, help=f"{text} [{default}]", default=argparse.SUPPRESS, **kind)
+    given = vars(parser.parse_args(argv))
+    demo, resume = given.pop("demo"), given.pop("resume")
+    return (DEMO | given if demo else given), resume
+
+
+# ======================================================================================================================
+# Distributed
+# ======================================================================================================================
+
+
+# Copied from train.py: World
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. Their small agreements go through the CPU, so that no GPU waits for them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def virtual_ranks(self) -> range:
+        """The virtual ranks that this process plays."""
+        share = VIRTUAL_RANKS // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over the processes in float64, the same in all of them. Serves as a barrier too."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def share(self, function, *args):
+        """Call the function in the main process; all return its result, or it raises its error and the others exit."""
+        outcome = [None, None]
+        if self.main:
+            try:
+                outcome[0] = function(*args)
+            except (ValueError, OSError) as error:
+                outcome[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise ValueError(outcome[1]) if self.main else SystemExit(2)
+        return outcome[0]
+
+
+# Copied from train.py: set_up_world
+def set_up_world(device: str) -> World:
+    """Join the process group that torchrun describes (nccl and gloo on CUDA, gloo on a CPU); alone without torchrun."""
+    rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    require(VIRTUAL_RANKS % size == 0, f"{size} processes cannot share {VIRTUAL_RANKS} virtual ranks: run 1, 2, 4 or 8")
+    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+    require(cuda or device != "cuda", "--device cuda: torch finds no CUDA GPU here")
+    cuda = cuda and device != "cpu"
+    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1)
+    require(not cuda or here <= gpus, f"{here} processes share {gpus} GPU(s): use --nproc_per_node={gpus} or fewer")
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return World(rank, size, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+
+
+# ======================================================================================================================
+# Model: the forward pass, as functions of compute weights
+# ======================================================================================================================
+
+# Modules only own parameters, the "masters". The forward pass is a chain of plain functions that read compute weights:
+# the masters after all that depends on weights alone, which is stacking q, k and v (gate and up) into one matrix, and
+# rounding to bfloat16. Training makes them once for each gradient (ComputeWeights), rather than in every pass.
+#
+# Notation: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
+
+
+# Copied from model.py: norm
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without learned gain (arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+# Copied from model.py: _dropout
+@torch.library.custom_op("slowrun::dropout", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    return torch.native_dropout(x, p, True)
+
+
+# Copied from model.py: _dropout_fake
+@_dropout.register_fake
+def _dropout_fake(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+
+
+# Copied from model.py: _dropout_setup
+def _dropout_setup(ctx, inputs, output) -> None:
+    ctx.p = inputs[1]
+    ctx.save_for_backward(output[1])
+
+
+# Copied from model.py: _dropout_backward
+@partial(_dropout.register_autograd, setup_context=_dropout_setup)
+def _dropout_backward(ctx, grad, _):
+    return grad * ctx.saved_tensors[0] * (1 / (1 - ctx.p)), None
+
+
+# Copied from model.py: dropout
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout (arXiv 1207.0580); the identity for p = 0.
+
+    An operator of its own: compiled graphs then call ATen's kernel and draw the same numbers as the uncompiled model.
+    Inductor's replacement can corrupt masks in torch 2.13 (pytorch issue 198333).
+    """
+    return _dropout(x, p)[0] if p else x
+
+
+# Adapted from model.py: rotary_tables -- half of the planes do not rotate
+def rotary_tables(length: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin of the half-truncated rotary embedding -> 2 x (length, 1, D / 2), float32 or wider.
+
+    Of the D / 2 planes the first half rotate, as in a rotary embedding of width D / 2 with base 10000 (arXiv
+    2104.09864), and the others do not.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    width = head_dim // 2
+    frequencies = torch.zeros(width, device=device, dtype=dtype)
+    frequencies[: width // 2] = 10000.0 ** -(torch.arange(0, width, 2, device=device, dtype=dtype) / width)
+    angles = torch.arange(length, device=device, dtype=dtype)[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+# Copied from model.py: rotate
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, T, H, D), its halves the two coordinates of the rotated planes -> (B, T, H, D), float32 or wider."""
+    cos, sin = rotary
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+# Copied from model.py: attend
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
+    """Causal attention, scale 1 / sqrt(D), position t sees t - window ... t: 3 x (B, T, H, D) -> (B, T, H, D).
+
+    backend: "varlen" is the flash attention that torch carries (CUDA, compute capability 8.0 or newer, bfloat16),
+    "sdpa" is F.scaled_dot_product_attention, with a mask where the window is shorter than the sequence.
+    """
+    B, T, H, D = q.shape
+    everything = window >= T - 1
+    if backend == "varlen":
+        borders = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+        # contiguous, because the operator promises the compiler outputs and gradients laid out like its inputs
+        q, k, v = (t.reshape(B * T, H, D).contiguous() for t in (q, k, v))
+        left = -1 if everything else window
+        return varlen_attn(q, k, v, borders, borders, T, T, window_size=(left, 0)).view(B, T, H, D)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if everything:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    position = torch.arange(T, device=q.device)
+    distance = position[:, None] - position
+    mask = (distance >= 0) & (distance <= window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def offset_keys(k: Tensor) -> Tensor:
+    """Partial key offset: k (B, T, H, D) -> the same, the second half of its dimensions one position later.
+
+    The key at t >= 1 has the dimensions D / 2 ... D - 1 of the key at t - 1, so that a query can find in one layer
+    what followed something like itself. The first position keeps its own.
+    """
+    still, moved = k.chunk(2, dim=-1)
+    return torch.cat([still, torch.cat([moved[:, :1], moved[:, :-1]], dim=1)], dim=-1)
+
+
+def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
+    """Exclusive self-attention (arXiv 2603.09078): y loses tanh(alpha) of its part along the position's own value.
+
+    y, v (B, T, H, D), alpha (H,) float32 or wider -> (B, T, H, D).
+    """
+    unit = F.normalize(v, dim=-1, eps=1e-4)
+    along = (y * unit).sum(-1, keepdim=True) * unit
+    return (y - torch.tanh(alpha)[:, None] * along).to(y.dtype)
+
+
+# Adapted from model.py: attention -- key offset and exclusive attention
+def attention(w, x: Tensor, ve: Tensor | None, alpha: Tensor, rotary, *, window: int, n_head: int, backend: str):
+    """x (B, T, C), value embedding ve (B, T, C) or None, alpha (H,) -> (B, T, C)."""
+    B, T, C = x.shape
+    q, k, v = (t.view(B, T, n_head, C // n_head) for t in F.linear(x, w["qkv"]).chunk(3, dim=-1))
+    if ve is not None:  # value residual (arXiv 2410.17897) with a gate per head, at first 2 * sigmoid(0) = 1
+        v = v + 2 * torch.sigmoid(F.linear(x[..., :32], w["ve_gate"])).unsqueeze(-1) * ve.view_as(v)
+    q, k = norm(rotate(q, rotary)).to(v.dtype), norm(rotate(k, rotary)).to(v.dtype)
+    if window >= T:  # the layers that see everything
+        k = offset_keys(k)
+    y = exclude_own_value(attend(q, k, v, window, backend), v, alpha)
+    y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)  # head gates (arXiv 2505.06708)
+    return F.linear(y.reshape(B, T, C), w["attn_proj"])
+
+
+# Copied from model.py: swiglu
+def swiglu(w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """SwiGLU MLP (arXiv 2002.05202): (B, T, C) -> (B, T, C)."""
+    gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, w["mlp_proj"])
+
+
+# Adapted from model.py: layer -- dropout on attention only, no stochastic depth
+def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, alpha, rotary, *, dropout_p, **settings):
+    """A transformer block and the mixture before it; all streams are (B, T, C).
+
+    skip: the encoder output that a decoder layer adds (U-Net, arXiv 1505.04597), or None. lambdas: the scalar weights
+    of skip, x and x0.
+    """
+    skip_weight, resid_lambda, x0_lambda = lambdas
+    if skip is not None:
+        x = x + skip_weight * skip
+    x = resid_lambda * x + x0_lambda * x0
+    x = x + dropout(attention(w, norm(x), ve, alpha, rotary, **settings), dropout_p)
+    return x + swiglu(w, norm(x))
+
+
+# -------------------------------------------------------------------------------------------------------- head and loss
+
+# Copied from model.py: CHUNK
+CHUNK = 4096  # positions whose logits exist at a time in training
+FP8_SCALES = {"x": 100 / 448, "lm_head": 1.6 / 448, "grad": 0.75 / 448}  # an fp8 number times this is the value
+
+
+# Adapted from model.py: capped_logits -- lm_head is (C, padded V)
+def capped_logits(x: Tensor, lm_head: Tensor, vocab_size: int, cap: float) -> Tensor:
+    """x (..., C) -> soft-capped logits (..., V), float32 or wider (arXiv 2408.00118)."""
+    logits = (x @ lm_head)[..., :vocab_size]
+    return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+
+
+# Copied from model.py: cross_entropy
+def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
+    """x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
+    logits = capped_logits(x, lm_head, vocab_size, cap)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+# Copied from model.py: capped_cross_entropy
+def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
+    """Loss of n positions with K targets each, and its gradient by the logits before their soft cap.
+
+    logits (n, padded V), targets (n, K) int64 (negative: none), weights (K,) float32 or wider -> the sum of weight *
+    nats over positions and targets, that of the first targets' nats, both () float32 or wider, and the gradient of the
+    former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on take no part.
+    """
+    bent = torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+    capped = cap * bent
+    capped[:, vocab_size:] = -torch.inf
+    log_probs, slope = capped.log_softmax(-1), 1 - bent.square()
+    index, shares = targets.clamp_min(0), weights * (targets >= 0)
+    nats, total = -log_probs.gather(1, index), shares.sum(1, keepdim=True)
+    grad = (total * log_probs.exp() * slope).to(logits.dtype)
+    # Where the targets are, the difference is made before it is rounded; a token may be a target more than once.
+    wanted = (shares[:, None] * (index[:, :, None] == index[:, None])).sum(-1)
+    at_targets = (total * (-nats).exp() - wanted) * slope.gather(1, index)
+    grad = grad.scatter(1, index, at_targets.to(grad.dtype))
+    return (shares * nats).sum(), (nats * (targets >= 0))[:, 0].sum(), grad
+
+
+def to_fp8(x: Tensor, scale: float, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """x / scale, rounded to an 8-bit floating-point format (arXiv 2209.05433); what is too large for it, to its end."""
+    limit = torch.finfo(dtype).max
+    return (x.float() / scale).clamp(-limit, limit).to(dtype)
+
+
+def fp8_product(a: Tensor, b: Tensor, scale: float, fast: bool = False) -> Tensor:
+    """scale * a @ b, summed in float32, for a (n, k) by rows and b (k, m) by columns in fp8 -> (n, m) bfloat16.
+
+    fast: tensor cores keep fewer bits of the sums.
+    """
+    scales = (torch.full((), value, device=a.device) for value in (scale, 1.0))
+    return torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+# Adapted from model.py: head_chunk -- lm_head is (C, padded V), products in fp8
+def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float, head: str):
+    """x (n, C), lm_head (C, padded V) -> the losses of capped_cross_entropy, their gradients by x and by lm_head.
+
+    head "fp8": the three products are of numbers in e4m3, the gradient of the logits in e5m2, with fixed scales. That
+    gradient is of the sum over positions (their mean's would be too small for e5m2).
+    """
+    if head == "plain":
+        loss, first_loss, grad = capped_cross_entropy(x @ lm_head, targets, weights, vocab_size, cap)
+        return loss, first_loss, grad @ lm_head.T, x.T @ grad
+    of_x, of_head, of_grad = FP8_SCALES.values()
+    x8, head8 = to_fp8(x, of_x), to_fp8(lm_head, of_head)
+    logits = fp8_product(x8, head8.T.contiguous().T, of_x * of_head, fast=True)
+    loss, first_loss, grad = capped_cross_entropy(logits, targets, weights, vocab_size, cap)
+    grad8 = to_fp8(grad, of_grad, torch.float8_e5m2)
+    x_grad = fp8_product(grad8, head8.T, of_grad * of_head)
+    return loss, first_loss, x_grad, fp8_product(x8.T.contiguous(), grad8.T.contiguous().T, of_x * of_grad)
+
+
+# Copied from model.py: HeadLoss
+class HeadLoss(torch.autograd.Function):
+    """The head and the loss behind it, in chunks of positions whose gradients are made in the forward pass.
+
+    Autograd would keep the logits, and float32 copies of them, of all positions until the backward pass. So only a
+    chunk's exist at a time, and what is kept is the gradients, of x and, summed in float32, of the head.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, lm_head: Tensor, targets: Tensor, chunk):
+        """x (n, C), targets (n, K); chunk: (x, lm_head, targets) of some positions -> as head_chunk.
+
+        -> (Weighted sum of the losses, sum of the first targets' losses), both (); only the former has a gradient.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        losses, x_grad = torch.zeros(2, dtype=wide, device=x.device), torch.empty_like(x)
+        lm_head_grad = torch.zeros_like(lm_head, dtype=wide)
+        for start in range(0, len(x), CHUNK):
+            rows = slice(start, start + CHUNK)
+            *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, targets[rows])
+            losses += torch.stack(parts)
+            lm_head_grad += lm_head_part
+        ctx.save_for_backward(x_grad, lm_head_grad.to(lm_head.dtype))
+        loss, first_loss = losses.unbind()
+        ctx.mark_non_differentiable(first_loss)
+        return loss, first_loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        x_grad, lm_head_grad = ctx.saved_tensors
+        return x_grad * grad, lm_head_grad * grad, None, None
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+
+# Adapted from model.py: Attention -- no head mixes
+class Attention(nn.Module):
+    """Parameters of an attention layer."""
+
+    def __init__(self, config: GPTConfig, value_embedding: bool):
+        super().__init__()
+        C, H = config.n_embd, config.n_head
+        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.attn_gate = nn.Linear(12, H, bias=False)
+        self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
+
+
+# Copied from model.py: MLP
+class MLP(nn.Module):
+    """Parameters of a SwiGLU MLP."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_gate, self.c_fc = (nn.Linear(config.n_embd, config.hidden, bias=False) for _ in range(2))
+        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
+
+
+# Adapted from model.py: Block -- no head mixes
+class Block(nn.Module):
+    """Parameters of a transformer block."""
+
+    def __init__(self, config: GPTConfig, value_embedding: bool):
+        super().__init__()
+        self.attn = Attention(config, value_embedding)
+        self.mlp = MLP(config)
+
+    def sources(self) -> dict[str, list[nn.Parameter]]:
+        """What each compute weight is made of: matrices, stacked by rows."""
+        attn, mlp = self.attn, self.mlp
+        sources = {
+            "qkv": [attn.c_q.weight, attn.c_k.weight, attn.c_v.weight],
+            "attn_gate": [attn.attn_gate.weight],
+            "attn_proj": [attn.c_proj.weight],
+            "gate_up": [mlp.c_gate.weight, mlp.c_fc.weight],
+            "mlp_proj": [mlp.c_proj.weight],
+        }
+        return sources | ({"ve_gate": [attn.ve_gate.weight]} if attn.ve_gate is not None else {})
+
+
+class Head(nn.Module):
+    """The parameters of lm_head, (C, padded V)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_embd, config.padded_vocab))
+
+
+# Adapted from model.py: ComputeWeights -- no head mixes
+class ComputeWeights:
+    """The weights that the forward pass reads, made from the masters once per gradient.
+
+    `tensors` are leaves of the compute dtype. Their gradients are summed, float32 or wider, over any number of backward
+    passes. `refresh` makes them from the masters. `pull_back` adds the sums to the masters' `.grad` and clears them.
+    """
+
+    def __init__(self, model: GPT, dtype: torch.dtype, requires_grad: bool = True):
+        self.sources, self.tensors, self.sums = model.sources(), {}, {}
+        for unit, weights in self.sources.items():
+            self.tensors[unit] = {}
+            for name, parts in weights.items():
+                master = parts[0]
+                shape = (sum(part.size(0) for part in parts), *master.shape[1:])
+                leaf_dtype = master.dtype if name in model.scalars else dtype  # they are kept as they are
+                leaf = torch.zeros(shape, dtype=leaf_dtype, device=master.device, requires_grad=requires_grad)
+                self.tensors[unit][name] = leaf
+                if requires_grad:
+                    self.sums[leaf] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf_dtype, torch.float32))
+                    leaf.register_post_accumulate_grad_hook(self._add_gradient)
+
+    # Copied from model.py: ComputeWeights._add_gradient
+    def _add_gradient(self, leaf: Tensor) -> None:
+        """Sum in float32 as soon as a gradient is there. (A .grad of another dtype, grad_dtype, cannot be compiled.)"""
+        self.sums[leaf].add_(leaf.grad)
+        leaf.grad = None
+
+    def _rows(self):
+        """Every master, and the rows of the compute weight that it fills."""
+        for unit, weights in self.sources.items():
+            for name, parts in weights.items():
+                row = 0
+                for master in parts:
+                    yield master, self.tensors[unit][name], slice(row, row := row + master.size(0))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for master, leaf, rows in self._rows():
+            leaf[rows].copy_(master)
+
+    @torch.no_grad()
+    def pull_back(self) -> None:
+        for master, leaf, rows in self._rows():
+            master.grad.add_(self.sums[leaf][rows])
+        self.clear_gradients()
+
+    # Copied from model.py: ComputeWeights.clear_gradients
+    def clear_gradients(self) -> None:
+        for gradient in self.sums.values():
+            gradient.zero_()
+
+
+# ------------------------------------------------------------------------------------------------------------------ GPT
+
+
+# Adapted from model.py: GPT -- recurrence, exclusive attention, one head for several tokens
+class GPT(nn.Module):
+    """Decoder-only transformer with U-Net skips, value embeddings, gated heads, exclusive attention and recurrence."""
+
+    scalars = ("resid_lambdas", "x0_lambdas", "skip_weights", "xsa_alphas")
+
+    def __init__(self, config: GPTConfig, attention: str = "sdpa", head: str = "plain"):
+        super().__init__()
+        self.config, self.backend, self.head, L, C = config, attention, head, config.n_layer, config.n_embd
+        with_ve = [i for i in range(L) if config.has_value_embedding(i)]
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab, C),
+                "h": nn.ModuleList(Block(config, i in with_ve) for i in range(L)),
+            }
+        )
+        self.lm_head = Head(config)
+        self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.empty(L)), nn.Parameter(torch.empty(L))
+        self.skip_weights = nn.Parameter(torch.empty(L // 2))
+        self.xsa_alphas = nn.Parameter(torch.empty(L, config.n_head))
+        self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in with_ve})
+        self._layer, self._cross_entropy, self._head_chunk = layer, cross_entropy, head_chunk
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill every parameter, drawing from torch's default generator for the parameters' device."""
+        C = self.config.n_embd
+        for name, p in self.named_parameters():
+            kind = "ve_projs" if name.startswith("ve_projs.") else name.removesuffix(".weight").split(".")[-1]
+            if kind == "wte":
+                p.normal_()
+            elif kind == "lm_head":
+                p.normal_(std=0.001)
+            elif kind in ("c_q", "c_k", "c_v", "c_gate", "c_fc", "ve_projs"):
+                p.uniform_(-math.sqrt(3 / C), math.sqrt(3 / C))
+            elif kind in ("c_proj", "ve_gate", "attn_gate", "xsa_alphas"):
+                p.zero_()
+            else:
+                p.fill_({"resid_lambdas": 1.1, "x0_lambdas": 0.1, "skip_weights": 1.0}[kind])
+
+    def compile_layers(self) -> None:
+        """Compile per layer: layers of a kind share one graph, and gradients become available during backward."""
+        self._layer, self._cross_entropy, self._head_chunk = (
+            torch.compile(function, dynamic=False, fullgraph=True) for function in (layer, cross_entropy, head_chunk)
+        )
+
+    def sources(self) -> dict[str, dict[str, list[nn.Parameter]]]:
+        """What every compute weight is made of, by unit; see Block.sources."""
+        io = {name: [getattr(self, name)] for name in self.scalars}
+        io |= {"wte": [self.transformer.wte.weight], "lm_head": [self.lm_head.weight]}
+        io |= {f"ve_proj.{i}": [projection.weight] for i, projection in self.ve_projs.items()}
+        return {"io": io} | {f"h.{i}": h.sources() for i, h in enumerate(self.transformer.h)}
+
+    def weights(self) -> Weights:
+        """Compute weights made on the fly: in the masters' dtype, differentiable with respect to them."""
+        return {
+            unit: {name: torch.cat(parts) for name, parts in weights.items()}
+            for unit, weights in self.sources().items()
+        }
+
+    # Copied from model.py: GPT.rotary
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """The tables for `length` positions, made once per device and dtype."""
+        like, config = self.x0_lambdas, self.config
+        if self._rotary is None or (self._rotary[0].device, self._rotary[0].dtype) != (like.device, like.dtype):
+            self._rotary = rotary_tables(config.sequence_len, config.n_embd // config.n_head, like.device, like.dtype)
+        return self._rotary[0][:length], self._rotary[1][:length]
+
+    # Copied from model.py: GPT._settings
+    def _settings(self, window: int) -> dict:
+        dropout_p = self.config.dropout if self.training else 0.0
+        return {"window": window, "n_head": self.config.n_head, "dropout_p": dropout_p, "backend": self.backend}
+
+    def stack(self, w: Weights, x: Tensor, x0: Tensor, ve: dict[int, Tensor], rotary) -> Tensor:
+        """One pass through all layers, a U-Net of encoder and decoder: x (B, T, C) -> (B, T, C), normed."""
+        config, io, E = self.config, w["io"], self.config.n_layer // 2
+        resid, from_x0, skips, alphas = (
+            io[name].unbind() for name in ("resid_lambdas", "x0_lambdas", "skip_weights", "xsa_alphas")
+        )
+        encoded: list[Tensor] = []
+        for i in range(config.n_layer):
+            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if i >= E else (None, None)
+            lambdas, settings = (skip_weight, resid[i], from_x0[i]), self._settings(config.window(i))
+            x = self._layer(w[f"h.{i}"], x, x0, skip, lambdas, ve.get(i), alphas[i], rotary, **settings)
+            if i < E:
+                encoded.append(x)
+        return norm(x)
+
+    def trunk(self, w: Weights, tokens: Tensor, passes: int) -> Tensor:
+        """tokens (B, T) int64 -> final normed stream (B, T, C).
+
+        Each pass goes on from the result of the one before; the embedding x0 and the value embeddings stay those of the
+        tokens. Only the last pass is differentiated.
+        """
+        config, io = self.config, w["io"]
+        x = x0 = norm(F.embedding(tokens, io["wte"]))
+        with_ve = (i for i in range(config.n_layer) if config.has_value_embedding(i))
+        ve, rotary = {i: F.linear(x0, io[f"ve_proj.{i}"]) for i in with_ve}, self.rotary(tokens.size(1))
+        with torch.no_grad():
+            for _ in range(passes - 1):
+                x = self.stack(w, x, x0, ve, rotary)
+        return self.stack(w, x, x0, ve, rotary)
+
+    def training_loss(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, passes=1, mtp_weights=(1.0,)):
+        """Loss on the next tokens, all predicted by one head from one position, as in arXiv 2404.19737 by several.
+
+        tokens, targets (B, T) int64; mtp_weights: of the losses on the next token, the one after it, ... -> (the sum of
+        all weighted terms over B T, that of the next-token loss), both () float32 or wider. Position t is scored
+        against targets t, t + 1, ..., those beyond the sequence's end left out.
+        """
+        config, w = self.config, w or self.weights()
+        x = self.trunk(w, tokens, passes)
+        future = torch.stack([F.pad(targets[:, k:], (0, k), value=-1) for k in range(len(mtp_weights))], dim=-1)
+        weights = torch.tensor(mtp_weights, dtype=self.x0_lambdas.dtype)
+        if x.is_cuda:
+            weights = weights.pin_memory().to(x.device, non_blocking=True)
+        settings = {"vocab_size": config.vocab_size, "cap": config.logit_cap, "head": self.head}
+        chunk = partial(self._head_chunk, weights=weights, **settings)
+        losses = HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], future.flatten(0, 1), chunk)
+        return tuple(loss / targets.numel() for loss in losses)
+
+    def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, passes=1) -> Tensor:
+        """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
+        w = w or self.weights()
+        x = self.trunk(w, tokens, passes)
+        return self._cross_entropy(x, w["io"]["lm_head"], targets, self.config.vocab_size, self.config.logit_cap)
+
+    def log_probs(self, tokens: Tensor, w: Weights | None = None, *, passes=1) -> Tensor:
+        """tokens (B, T) int64 -> log-probabilities of the next token (B, T, V), float32 or wider."""
+        w = w or self.weights()
+        x = self.trunk(w, tokens, passes)
+        return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
+
+
+# Adapted from model.py: build -- lm_head has the compute dtype too
+def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
+    """A model for a device, its parameters not filled yet: float32 or wider, wte and lm_head of the compute dtype."""
+    with torch.device("meta"):
+        model = GPT(config, **kernels).to(torch.promote_types(dtype, torch.float32))
+        model.transformer.wte.to(dtype)
+        model.lm_head.to(dtype)
+    return model.to_empty(device=device)
+
+
+# ----------------------------------------------------------------- on a machine: precision, kernels, operations, memory
+
+# Copied from model.py: PEAK_FLOPS
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, by device name
+
+
+# Copied from model.py: device_name
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+
+
+# Copied from model.py: peak_flops
+def peak_flops(device: torch.device) -> float | None:
+    """Peak operations per second, to measure the utilization (MFU) by; None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(device)), None)
+
+
+# Copied from model.py: has_bfloat16
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device is a GPU with bfloat16 in hardware, and so runs flash attention: compute capability 8.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# Copied from train.py: compute_dtype
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Of the forward and backward pass: bfloat16 where the GPU has it, else float32, unless --dtype says."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+# Copied from model.py: choose_attention
+def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """A backend of `attend`: varlen where it runs, else sdpa; ValueError if varlen is wanted and does not run."""
+    D = config.n_embd // config.n_head
+    able = has_bfloat16(device) and dtype == torch.bfloat16 and D <= 256 and D % 8 == 0
+    needs = "a GPU of compute capability 8.0, bfloat16, and heads of 8, 16, ... 256 channels"
+    require(able or wanted != "varlen", f"--attention varlen needs {needs}")
+    return wanted if wanted != "auto" else "varlen" if able else "sdpa"
+
+
+def choose_head(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """The lm_head's products in training: fp8 where the GPU has it; ValueError if it is wanted and does not run."""
+    able = has_bfloat16(device) and torch.cuda.get_device_capability(device) >= (8, 9) and dtype == torch.bfloat16
+    able = able and config.n_embd % 16 == 0 == config.sequence_len % 16
+    needs = (
+        "a GPU of compute capability 8.9 (Ada, Hopper or newer), bfloat16, n_embd and sequence_len in multiples of 16"
+    )
+    require(able or wanted != "fp8", f"--head fp8 needs {needs}")
+    return wanted if wanted != "auto" else "fp8" if able else "plain"
+
+
+# Adapted from train.py: choose_kernels -- the head too
+def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
+    attention = choose_attention(config.attention, config, device, dtype)
+    return {"attention": attention, "head": choose_head(config.head, config, device, dtype)}
+
+
+# Copied from model.py: attention_error
+def attention_error(config: GPTConfig, device: torch.device, backend: str) -> float:
+    """Largest error of a backend in bfloat16, of its output and gradients on random q, k, v in the model's windows.
+
+    The reference is sdpa in float32; an error is relative to the largest value.
+    """
+    generator, worst = torch.Generator(device).manual_seed(0), 0.0
+    shape = (4, 2, config.sequence_len, config.n_head, config.n_embd // config.n_head)
+    *qkv, weight = torch.randn(shape, generator=generator, device=device).bfloat16()
+    for window in {config.window(i) for i in range(config.n_layer)}:
+        results = []
+        for name, dtype in ((backend, torch.bfloat16), ("sdpa", torch.float32)):
+            inputs = [t.to(dtype).requires_grad_() for t in qkv]
+            output = attend(*inputs, window, name)
+            results.append([output, *torch.autograd.grad(output, inputs, weight.to(dtype))])
+        for found, expected in zip(*results, strict=True):
+            worst = max(worst, ((found.float() - expected).abs().max() / expected.abs().max()).item())
+    return worst
+
+
+def head_error(config: GPTConfig, device: torch.device) -> float:
+    """Largest error of the fp8 head, of its loss and its gradients, on random numbers.
+
+    The reference is the plain head in float32; the loss' error is relative to it, the gradients' are to their norms.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    x = norm(torch.randn(512, config.n_embd, generator=generator, device=device))
+    lm_head = 0.02 * torch.randn(config.n_embd, config.padded_vocab, generator=generator, device=device)
+    targets = torch.randint(config.vocab_size, (512, 3), generator=generator, device=device)
+    weights, results = torch.tensor([1.0, 0.5, 0.25], device=device), []
+    for head, dtype in (("fp8", torch.bfloat16), ("plain", torch.float32)):
+        settings = {"vocab_size": config.vocab_size, "cap": config.logit_cap, "head": head}
+        loss, _, *grads = head_chunk(x.to(dtype), lm_head.to(dtype), targets, weights, **settings)
+        results.append([loss, *grads])
+    pairs = zip(*results, strict=True)
+    return max(((found.float() - expected).norm() / expected.norm()).item() for found, expected in pairs)
+
+
+# Adapted from train.py: check_kernels -- the head too
+def check_kernels(config: Config, device: torch.device, attention: str, head: str) -> None:
+    """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
+    checks = {f"attention {attention}": (partial(attention_error, config, device, attention), 0.05, "--attention sdpa")}
+    checks |= {f"head {head}": (partial(head_error, config, device), 0.2, "--head plain")}
+    for name, (error_of, limit, instead) in checks.items():
+        try:
+            error = error_of() if name not in ("attention sdpa", "head plain") else 0.0
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failure:
+            raise ValueError(f"{name} fails here ({failure}): use {instead}") from failure
+        require(error < limit, f"{name} is wrong here, by {error:g}: use {instead}, and report it")
+
+
+# Adapted from model.py: flops_per_token -- passes
+def flops_per_token(config: GPTConfig, passes: int) -> float:
+    """Floating-point operations of forward and backward per token: matrix products and attention of all passes."""
+    C, T, L = config.n_embd, config.sequence_len, config.n_layer
+    stack = L * (4 * C * C + 3 * C * config.hidden)  # elements of its matrices
+    once = C * C * sum(map(config.has_value_embedding, range(L))) + C * config.padded_vocab
+    keys = sum(w - w * w / (2 * T) for w in map(config.window, range(L)))  # that the average position attends to
+    return (6 + 2 * (passes - 1)) * (stack + 2 * C * keys) + 6 * once
+
+
+# Adapted from train.py: memory_gib -- other parameters are moved, an average is kept, recurrence keeps nothing
+def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
+    """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all).
+
+    The last is an estimate, from what autograd keeps of each layer, and from the logits of a chunk.
+    """
+    with torch.device("meta"):
+        total = sum(p.numel() for p in GPT(config).parameters())
+    C, V, positions = (
+        config.n_embd,
+        config.padded_vocab,
+        (config.device_batch or config.micro_batch) * config.sequence_len,
+    )
+    positions //= 1 + (config.meta_gradient and config.micro_steps == 1 and not config.device_batch)  # its halves
+    tables, moved = 2 * V * C, 3 * C * config.hidden * config.n_layer
+    # float32: masters and gradients; tables in the compute dtype; two moments of the tables, one of the rest; average
+    static = 4 * (2 * total + (2 * total + tables) / world_size + 2 * moved * config.meta_gradient)
+    static += dtype.itemsize * (total + tables) + 4 * (total - tables)
+    per_layer = (14 * C + 3 * config.hidden) * dtype.itemsize + C
+    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + tables / 2 * 8  # a chunk's logits; the gradient
+    return total, static / 2**30, (static + positions * per_layer * config.n_layer + head) / 2**30
+
+
+# Copied from train.py: check_memory
+def check_memory(config: Config, world: World) -> float:
+    """Refuse a model that cannot fit, before anything is allocated -> estimated GiB per process."""
+    dtype = compute_dtype(config, world.device)
+    total, static, needed = memory_gib(config, world.size, dtype)
+    said = f"{total / 1e6:,.0f}M parameters need {static:.0f} GiB per process for weights, gradients and optimizer"
+    if world.cuda:
+        there = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+        require(static < there, f"{said}, and the GPU has {there:.0f} GiB: use more or larger GPUs, or a smaller model")
+        return needed
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    said += f", about {needed:.0f} GiB with activations, in {str(dtype).removeprefix('torch.')}"
+    said += f"; this machine has {there:.0f} GiB and no GPU in use"
+    instead = "train it on 8xH100 or one GPU of 80 GiB, or see every technique at toy size with --demo"
+    require(needed * world.size < there, f"{said}: {instead}")
+    require(total < 1e8 or config.device == "cpu", f"{said}: {instead}. It fits, so --device cpu trains it, slowly")
+    return needed
+
+
+# ======================================================================================================================
+# Optimizer
+# ======================================================================================================================
+
+# torch 2.13 renamed these
+# Copied from train.py: reduce_scatter
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# Copied from train.py: all_gather
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# Copied from train.py: POLAR_EXPRESS
+POLAR_EXPRESS = (  # coefficients of the five steps
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+# Adapted from train.py: optimizer_groups -- the track's table; the meta-gradient moves the matrices of the MLP
+def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
+    """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor).
+
+    `moved`: the meta-gradient step moves them.
+    """
+    lr, decay, betas = config.lr_multiplier, config.weight_decay, (0.8, 0.95)
+    gates, mlp = ([name for name in names if part in name] for part in (".attn_gate.", ".mlp."))
+    scalar_lr = config.scalar_lr * lr
+    table = [  # method, parameters, learning rate, weight decay, betas, moved
+        ("adamw", ["lm_head.weight"], config.head_lr * lr, decay, betas, False),
+        ("adamw", ["transformer.wte.weight"], config.embedding_lr * lr, decay, betas, False),
+        ("adamw", ["resid_lambdas", "skip_weights"], scalar_lr * 0.01, 0.0, betas, False),
+        ("adamw", ["x0_lambdas"], scalar_lr, 0.0, (0.96, 0.95), False),
+        ("adamw", gates, scalar_lr, 0.0, (0.9, 0.99), False),
+        ("adamw", ["xsa_alphas"], scalar_lr, 0.0, (0.9, 0.95), False),
+        ("muon", mlp, config.matrix_lr * lr, decay, (), True),
+    ]
+    taken = {name for row in table for name in row[1]}
+    table.append(("muon", [name for name in names if name not in taken], config.matrix_lr * lr, decay, (), False))
+    return [dict(zip(("kind", "params", "lr", "weight_decay", "betas", "moved"), row, strict=True)) for row in table]
+
+
+# Copied from train.py: polar_express
+def polar_express(x: Tensor) -> Tensor:
+    """Approximately the orthogonal factor of each matrix (arXiv 2505.16932): (n, rows, cols) -> the same."""
+    tall = x.size(-2) > x.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = b * gram + c * (gram @ gram)
+        x = a * x + (x @ polynomial if tall else polynomial @ x)
+    return x
+
+
+# Adapted from train.py: muon_update -- without the row normalisation
+def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
+    """A Muon step, in place: the momentum, made orthogonal, evened out over rows (or columns); cautious weight decay.
+
+    p, grad, momentum (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay, mu (); dtype is that
+    of the orthogonalisation. Variance: NorMuon (arXiv 2510.05491).
+    """
+    momentum.copy_(mu * momentum + (1 - mu) * grad)
+    u = (1 - mu) * grad + mu * momentum  # Nesterov
+    u = u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    x = polar_express(u.to(dtype)).to(p.dtype)
+    variance = x.square().mean(dim=-1 if x.size(-2) >= x.size(-1) else -2, keepdim=True)
+    second.copy_(0.95 * second + 0.05 * variance)
+    scale = second.clamp_min(1e-10).rsqrt()
+    norms = [v.sum(dim=(-2, -1), keepdim=True).sqrt() for v in (variance, variance * scale * scale)]
+    x = x * (scale * norms[0] / norms[1].clamp_min(1e-10))  # keeps the Frobenius norm
+    p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
+
+
+# Copied from train.py: adamw_update
+def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, step) -> None:
+    """An AdamW step, in place (arXiv 1711.05101): arguments (n,) or (), `step` counted from 1. It decays first."""
+    exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * grad)
+    exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * grad.square())
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + 1e-10
+    p.copy_(p.to(grad.dtype) * (1 - lr * weight_decay) - lr * (exp_avg / (1 - beta1**step)) / denominator)
+
+
+# Copied from train.py: Bucket
+class Bucket:
+    """Parameters with a common buffer of values and one of gradients, of which each process owns an equal part.
+
+    "muon": matrices of one shape, (n, rows, cols), matrix i owned by process i mod world size. "adamw": tensors of one
+    dtype, flattened, (n,). The parameters' data and .grad are views of the buffers, so nothing is stacked or copied for
+    communication. Gradients and state are float32 or wider, whatever the values are.
+    """
+
+    def __init__(self, params: dict[str, torch.nn.Parameter], group: dict, world: World):
+        self.params, self.group, self.kind, self.world, self.probe = params, group, group["kind"], world, None
+        first, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
+        if self.kind == "muon":
+            share, item = math.ceil(len(params) / world.size), first.shape
+            starts, sizes = [i % world.size * share + i // world.size for i in range(len(params))], [1] * len(params)
+        else:
+            share, item = math.ceil(sum(sizes) / world.size), ()
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.spans = {name: slice(a, a + n) for name, a, n in zip(params, starts, sizes, strict=True)}
+        self.own = slice(world.rank * share, (world.rank + 1) * share)
+        self.values = torch.zeros(share * world.size, *item, dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros_like(self.values, dtype=torch.promote_types(first.dtype, torch.float32))
+        for name, p in params.items():
+            self.view(self.values, name).copy_(p.detach())
+            p.grad_dtype = self.grads.dtype
+        self.use(self.values, self.grads)
+        own = self.grads[self.own]
+        if self.kind == "muon":
+            second = own.mean(-1 if item[0] >= item[1] else -2, keepdim=True)
+            self.state = {"momentum": torch.zeros_like(own), "second": torch.zeros_like(second)}
+            self.lr = group["lr"] * math.sqrt(max(1, item[0] / item[1]))
+        else:
+            self.state = {"exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)}
+            self.lr = group["lr"]
+        self.moments = tuple(self.state.values())
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """A parameter's part of a buffer, in its shape or that of its state."""
+        part = buffer[self.spans[name]]
+        return part[0] if self.kind == "muon" else part.view(self.params[name].shape)
+
+    def use(self, values: Tensor, grads: Tensor) -> None:
+        """Let the parameters' data and gradients be views of these buffers."""
+        for name, p in self.params.items():
+            p.data, p.grad = self.view(values, name), self.view(grads, name)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The parts of all processes together; collective."""
+        buffer = part.new_empty(part.size(0) * self.world.size, *part.shape[1:])
+        if self.world.size > 1:
+            all_gather(buffer, part)
+        return buffer if self.world.size > 1 else part
+
+
+# Copied from train.py: MuonAdamW
+class MuonAdamW:
+    """Muon for matrices, AdamW for tables and scalars, with the state sharded over the processes.
+
+    As in ZeRO-2 (arXiv 1910.02054), every process holds all weights and gradients but the optimizer state of its part
+    alone. A step starts to sum the gradients of all buckets onto their owners, then for each bucket in turn waits,
+    updates the own part and starts to gather the result: communication overlaps with the updates.
+    """
+
+    def __init__(self, model: GPT, groups: list[dict], world: World, dtype: torch.dtype, compile: bool = False):
+        params = dict(model.named_parameters())
+        assert sorted(n for g in groups for n in g["params"]) == sorted(params), "each parameter must be in one group"
+        self.buckets: list[Bucket] = []
+        for group in groups:  # a bucket for each group of AdamW, for each shape of Muon
+            shapes = sorted({params[name].shape if group["kind"] == "muon" else () for name in group["params"]})
+            for shape in shapes:
+                names = [name for name in group["params"] if shape in (params[name].shape, ())]
+                self.buckets.append(Bucket({name: params[name] for name in names}, group, world))
+        self.buckets.sort(key=lambda bucket: -bucket.values.numel())
+        self.moved = [bucket for bucket in self.buckets if bucket.group["moved"]]
+        self.world, self.dtype, self.steps = world, dtype, 0
+        self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
+
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float, mu: float, alone: bool = False) -> None:
+        """Update the parameters from their gradients, and clear these. lr and weight_decay multiply the table's.
+
+        `alone`: without communication, to compile it.
+        """
+        self.steps += 1
+        dtype = self.buckets[0].grads.dtype
+        lr, decay, mu, step = (torch.tensor(value, dtype=dtype) for value in (lr, weight_decay, mu, self.steps))
+        parts, sums, gathers = [bucket.grads[bucket.own] for bucket in self.buckets], [], []
+        if self.world.size > 1 and not alone:
+            parts = [torch.empty_like(part) for part in parts]
+            for part, bucket in zip(parts, self.buckets, strict=True):
+                sums.append(reduce_scatter(part, bucket.grads, async_op=True))
+        for i, bucket in enumerate(self.buckets):
+            if sums:
+                sums[i].wait()
+            own, rates = bucket.values[bucket.own], (bucket.lr * lr, bucket.group["weight_decay"] * decay)
+            if bucket.kind == "muon":
+                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype)
+            else:
+                adamw_update(own, parts[i], *bucket.moments, *rates, *bucket.group["betas"], step)
+            if sums:
+                gathers.append(all_gather(bucket.values, own, async_op=True))
+        for gather in gathers:
+            gather.wait()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for bucket in self.buckets:
+            bucket.grads.zero_()
+
+    def broadcast_values(self) -> None:
+        """Give all processes the parameters of the main one; collective."""
+        for bucket in self.buckets if self.world.size > 1 else ():
+            dist.broadcast(bucket.values, src=0)
+
+    def state_dict(self) -> dict:
+        """The whole state by parameter, on the CPU, whatever the number of processes; collective, empty but in main."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for bucket in self.buckets:
+            for key, part in bucket.state.items():
+                whole = bucket.whole(part)
+                for name in bucket.params if self.world.main else ():
+                    state.setdefault(name, {})[key] = bucket.view(whole, name).to("cpu", copy=True)
+        return {"steps": self.steps, "state": state} if self.world.main else {}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Take up a state_dict of the main process, written by any number of processes; collective."""
+        self.steps = self.world.share(lambda: saved["steps"])
+        for bucket in self.buckets:
+            for key, part in bucket.state.items():
+                whole = part.new_zeros(part.size(0) * self.world.size, *part.shape[1:])
+                for name in bucket.params if self.world.main else ():
+                    bucket.view(whole, name).copy_(saved["state"][name][key])
+                if self.world.size > 1:
+                    dist.broadcast(whole, src=0)
+                part.copy_(whole[bucket.own])
+
+
+# Adapted from train.py: build_optimizer -- an average of the weights is kept with the state
+def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype, compile: bool) -> MuonAdamW:
+    """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it.
+
+    Beside its state, each process keeps its part of an exponential moving average of the weights.
+    """
+    groups = optimizer_groups(config, [name for name, _ in model.named_parameters()])
+    in_bfloat16 = world.cuda and dtype == torch.bfloat16
+    wide = torch.promote_types(dtype, torch.float32)
+    optimizer = MuonAdamW(model, groups, world, dtype if in_bfloat16 else wide, compile)
+    for bucket in optimizer.buckets:
+        bucket.state["average"] = torch.zeros_like(bucket.grads[bucket.own])
+    return optimizer
+
+
+# Adapted from train.py: update_weights -- an exponential moving average
+@torch.no_grad()
+def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
+    """The end of an optimizer step; every ema_every steps the weights enter their exponential moving average."""
+    values = schedule(plan, step)
+    optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
+    if step % plan.config.ema_every == 0:
+        for bucket in optimizer.buckets:
+            average = bucket.state["average"]
+            average.lerp_(bucket.values[bucket.own].to(average.dtype), 1 - ema_beta(plan))
+
+
+# Copied from train.py: add_gradient
+@torch.no_grad()
+def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, eta: float) -> None:
+    """Add the gradient of a virtual rank to the parameters' .grad, with or without the meta-gradient step.
+
+    halves: two functions that run forward and backward over half of its micro-steps each, into the gradients of
+    `weights`; or one that does all of it. For the second half the matrices of the groups marked `moved` are moved by
+    eta down the first half's gradient (one norm over all of them). The moved point is made from the float32 masters and
+    rounded once; the masters are never written to.
+    """
+
+    def run(half) -> None:
+        weights.refresh()
+        with torch.enable_grad():
+            half()
+        weights.pull_back()
+
+    if len(halves) == 1:
+        return run(halves[0])
+    for bucket in optimizer.moved:
+        bucket.probe = torch.zeros_like(bucket.grads) if bucket.probe is None else bucket.probe.zero_()
+        bucket.use(bucket.values, bucket.probe)
+    run(halves[0])
+    length = torch.stack([bucket.probe.norm() for bucket in optimizer.moved]).norm().clamp_min(1e-30)
+    for bucket in optimizer.moved:
+        bucket.grads.add_(bucket.probe)
+        bucket.use(bucket.probe.mul_(-eta / length).add_(bucket.values), bucket.grads)
+    run(halves[1])
+    for bucket in optimizer.moved:
+        bucket.use(bucket.values, bucket.grads)
+
+
+# ======================================================================================================================
+# Schedules: pure functions of the config, the step (from 0) and the number of steps
+# ======================================================================================================================
+
+
+# Adapted from train.py: warmdown -- linear
+def warmdown(config: Config, step: int, num_steps: int) -> float:
+    """1, then falling linearly to 0 over the last part of the run."""
+    length = round(config.warmdown * num_steps)
+    return 1.0 if step < num_steps - length else (num_steps - step) / length
+
+
+# Copied from train.py: swa_cycle
+def swa_cycle(config: Config, step: int, num_steps: int) -> float | None:
+    """Position, 0 to 1, in the epoch-long cycles of stochastic weight averaging (arXiv 1803.05407); None before."""
+    epoch_steps = num_steps / config.num_epochs
+    start = num_steps - config.swa_epochs * epoch_steps
+    return (step - start) / epoch_steps % 1.0 if step >= start else None
+
+
+# Copied from train.py: lr_multiplier
+def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
+    """The warmdown; in the cycles, half a cosine from there to 0.05."""
+    level, cycle = warmdown(config, step, num_steps), swa_cycle(config, step, num_steps)
+    return level if cycle is None else 0.05 + (max(level, 0.05) - 0.05) * (1 + math.cos(math.pi * cycle)) / 2
+
+
+# Adapted from train.py: weight_decay_multiplier -- three phases
+def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
+    """1, from decay_hold on linear to the low value at decay_low, then linear to the end value; over weight_decay."""
+    hold, low = (round(epoch * num_steps / config.num_epochs) for epoch in (config.decay_hold, config.decay_low))
+    values = config.decay_low_value, config.decay_end_value
+    points = [0, hold, low, num_steps], [1.0, 1.0] + [v / config.weight_decay for v in values]
+    return float(np.interp(step, *points))
+
+
+def mtp_weights(config: Config, step: int, num_steps: int) -> tuple[float, float, float]:
+    """Weights of the losses on the next three tokens. The third falls to 0 first, then the second."""
+    phase = config.mtp_until / 2 * num_steps
+    left_1, left_2 = (min(1.0, max(0.0, end - step / phase)) for end in (2.0, 1.0))
+    return 1.0, config.mtp_weight_1 * left_1, config.mtp_weight_2 * left_2
+
+
+def ema_beta(plan: Plan) -> float:
+    """What an update leaves of the exponential moving average."""
+    return plan.config.ema_decay ** (plan.config.ema_every * plan.config.num_epochs / plan.num_steps)
+
+
+# Copied from train.py: muon_momentum
+def muon_momentum(step: int) -> float:
+    """Linear from 0.85 to 0.95 over the first 300 steps."""
+    return 0.85 + 0.1 * min(step / 300, 1.0)
+
+
+# Copied from train.py: Plan
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the config and the number of training sequences of T + 1 tokens."""
+
+    config: Config
+    num_sequences: int
+
+    def __post_init__(self):
+        c, needed = self.config, 2 * self.config.batch_tokens // self.config.sequence_len
+        require(
+            self.epoch_micro_steps >= 2 * c.micro_steps,
+            f"the training data makes {self.num_sequences} sequences of {c.sequence_len} + 1 tokens, an epoch needs "
+            f"{needed}, two optimizer steps: use more data, or lower --batch-tokens or --sequence-len",
+        )
+
+    @property
+    def epoch_micro_steps(self) -> int:
+        """Micro-steps in an epoch; what does not fill one, of all virtual ranks, is left out."""
+        return self.num_sequences // (VIRTUAL_RANKS * self.config.micro_batch)
+
+    @property
+    def num_steps(self) -> int:
+        c = self.config
+        epoch_tokens = self.epoch_micro_steps * VIRTUAL_RANKS * c.micro_batch * c.sequence_len
+        return round(epoch_tokens * c.num_epochs / c.batch_tokens)
+
+    def epochs_done(self, step: int) -> int:
+        """Epochs of which all micro-steps are done after `step` optimizer steps; the last step ends the last epoch."""
+        done = step * self.config.micro_steps // self.epoch_micro_steps
+        return done if step < self.num_steps else self.config.num_epochs
+
+
+# Adapted from train.py: stage -- passes
+def stage(plan: Plan, step: int) -> dict:
+    """What switches once in a run, as keyword arguments of the model: here, the number of passes."""
+    return {"passes": 1 if step < plan.config.passes_from * plan.num_steps else plan.config.passes}
+
+
+# Adapted from train.py: pass_arguments -- multi-token prediction
+def pass_arguments(plan: Plan, step: int, micro_step: int) -> dict:
+    """What else the model needs for the training loss: the weights of the next tokens' losses."""
+    return {"mtp_weights": mtp_weights(plan.config, step, plan.num_steps)}
+
+
+# Adapted from train.py: warm_up_arguments -- multi-token prediction
+def warm_up_arguments(config: Config, passes: int) -> list[dict]:
+    """pass_arguments that lead to other graphs: there are none."""
+    return [{"mtp_weights": (1.0, config.mtp_weight_1, config.mtp_weight_2)}]
+
+
+# Adapted from train.py: schedule -- multi-token prediction, a constant meta-gradient step
+def schedule(plan: Plan, step: int) -> dict[str, float]:
+    """The values of all schedules at a step."""
+    c, N = plan.config, plan.num_steps
+    _, mtp_weight_1, mtp_weight_2 = mtp_weights(c, step, N)
+    return {
+        "lr": lr_multiplier(c, step, N),
+        "weight_decay": weight_decay_multiplier(c, step, N),
+        "momentum": muon_momentum(step),
+        "meta_step": c.meta_step if c.meta_gradient else 0.0,
+        "mtp_weight_1": mtp_weight_1,
+        "mtp_weight_2": mtp_weight_2,
+    }
+
+
+# ======================================================================================================================
+# Data
+# ======================================================================================================================
+
+# Copied from train.py: SEQ_SHUFFLE_SEEDS
+SEQ_SHUFFLE_SEEDS = {"val": 42, "train": 43, "holdout": 44}
+# Copied from train.py: OFFICIAL_SHA256
+OFFICIAL_SHA256 = {  # the identity of the benchmark
+    "val": "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
+    "train": "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
+}
+
+
+# Copied from train.py: Shard
+@dataclass(frozen=True)
+class Shard:
+    """A split: tokens uint16 (n,), offsets of documents' BOS int64 (documents,), seed of the fixed order, file hash."""
+
+    tokens: np.ndarray
+    doc_starts: np.ndarray
+    seq_shuffle_seed: int
+    sha256: str
+
+    def sequences(self, length: int, tokens: np.ndarray | None = None) -> np.ndarray:
+        """The tokens (or those given, in another order) cut into sequences (n, length); the tail is dropped."""
+        tokens = self.tokens if tokens is None else tokens
+        return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+# Copied from train.py: sha256_file
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Copied from train.py: read_meta
+def read_meta(data_dir: str) -> dict | None:
+    """meta.json, which prepare_data.py writes beside the shards; None where the original project's files have none."""
+    path, keys = Path(data_dir) / "meta.json", {"source", "tokenizer", "vocab_size", "splits", "token_bytes"}
+    return read_json(path, keys, "prepare the data again, with --force") if path.exists() else None
+
+
+# Copied from train.py: load_shard
+def load_shard(split: str, config: Config) -> Shard:
+    """Read a split and check all that can be wrong with it."""
+    path, again = Path(config.data_dir) / f"fineweb_{split}.pt", "prepare the data again, with --force"
+    prepare = "python prepare_data.py" + " --source demo" * (config.data_dir == DEMO["data_dir"])
+    require(path.exists(), f"{path} not found: run {prepare}, or name the data's folder by --data-dir")
+    sha256, meta = sha256_file(path), read_meta(config.data_dir)
+    require(not meta or split in meta["splits"], f"{path} is not in meta.json: delete it, or {again}")
+    noted = meta["splits"][split]["sha256"] if meta else sha256
+    differ = f"its SHA-256 is {sha256[:12]}..., in meta.json {noted[:12]}..."
+    require(sha256 == noted, f"{path} is damaged: {differ}: {again}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tokens, starts = content["tokens"].numpy(), content["doc_starts"].numpy()
+        bos, seed = content["bos_id"], content["seq_shuffle_seed"]
+        sound = tokens.dtype == np.uint16 and starts.dtype == np.int64 and len(tokens) > starts.max() and starts[0] == 0
+        sound = sound and (np.diff(starts) > 0).all() and (tokens[starts] == bos).all()
+    except Exception as error:  # a damaged archive fails in many ways
+        raise ValueError(f"{path} is truncated or damaged ({type(error).__name__}): {again}") from None
+    require(sound, f"{path} is damaged: its documents do not each start with the BOS {bos}: {again}")
+    kind = {s: name for name, s in SEQ_SHUFFLE_SEEDS.items()}.get(seed, "unknown")
+    require(kind == split, f"{path} holds the {kind} split (seq_shuffle_seed {seed}), not {split}: {again}")
+    require(
+        bos == config.vocab_size - 1 and tokens.max() <= bos,
+        f"{path} is of another tokenizer: its BOS is {bos} and its largest token {tokens.max()}, but vocab_size "
+        f"{config.vocab_size} means {config.vocab_size - 1}: change --data-dir or --vocab-size",
+    )
+    length = config.sequence_len + 1
+    require(len(tokens) >= length, f"{path} has {len(tokens)} tokens, a sequence needs {length}: lower --sequence-len")
+    return Shard(tokens, starts, seed, sha256)
+
+
+# Copied from train.py: load_data
+def load_data(config: Config) -> dict[str, Shard]:
+    """All splits; the holdout may be missing, as the original project's files have none."""
+    splits = ["train", "val"] + ["holdout"] * (Path(config.data_dir) / "fineweb_holdout.pt").exists()
+    return {split: load_shard(split, config) for split in splits}
+
+
+# Copied from train.py: token_byte_lengths
+def token_byte_lengths(config: Config) -> tuple[Tensor | None, str]:
+    """(Bytes of every token (V,) int64, 0 for the BOS; where they are from). None without meta.json and tiktoken."""
+    V, meta = config.vocab_size, read_meta(config.data_dir)
+    if meta is not None:
+        found = len(meta["token_bytes"])
+        require(found == V, f"meta.json has the bytes of {found} tokens, vocab_size is {V}: change --vocab-size")
+        return torch.tensor(meta["token_bytes"]), "from meta.json"
+    if V != 50257:
+        return None, "left out, without a meta.json"
+    try:
+        import tiktoken
+
+        encoding = tiktoken.get_encoding("gpt2")
+        lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(50256)] + [0]
+        return torch.tensor(lengths), "from tiktoken"
+    except Exception as error:  # not installed, or its vocabulary cannot be downloaded
+        return None, f"left out: no meta.json beside the shards, and tiktoken fails ({type(error).__name__})"
+
+
+# Copied from train.py: TrainLoader
+class TrainLoader:
+    """The training sequences in the benchmark's global order, which does not depend on the number of processes.
+
+    Epoch 1 has the documents in file order, each later one permutes the order of the one before. Its documents are cut
+    into sequences of T + 1 tokens, which are permuted in turn. A thread makes an epoch (2 bytes a token) while the one
+    before is trained on.
+    """
+
+    def __init__(self, shard: Shard, plan: Plan, virtual_ranks: range):
+        self.shard, self.plan, self.virtual_ranks = shard, plan, virtual_ranks
+        self.order, self.order_epoch = np.arange(len(shard.doc_starts)), 1  # of the documents; belongs to the thread
+        self.epochs: dict[int, Future] = {}
+        self.submitted, self.thread = 0, ThreadPoolExecutor(1)
+
+    def make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Runs in the thread -> sequences (n, T + 1) uint16 and the order (n,) in which the epoch takes them."""
+        tokens, starts = self.shard.tokens, self.shard.doc_starts
+        while self.order_epoch < epoch:
+            self.order_epoch += 1
+            generator = torch.Generator().manual_seed(self.order_epoch)
+            self.order = self.order[torch.randperm(len(starts), generator=generator).numpy()]
+        if epoch > 1:
+            ends, shuffled, used = np.append(starts[1:], len(tokens)), np.empty_like(tokens), 0
+            for part in np.array_split(self.order, math.ceil(len(starts) / 1024)):
+                documents = [tokens[a:b] for a, b in zip(starts[part].tolist(), ends[part].tolist(), strict=True)]
+                size = sum(map(len, documents))
+                np.concatenate(documents, out=shuffled[used : used + size])
+                used += size
+            tokens = shuffled
+        sequences = self.shard.sequences(self.plan.config.sequence_len + 1, tokens)
+        generator = torch.Generator().manual_seed(epoch + 1000)
+        return sequences, torch.randperm(len(sequences), generator=generator).numpy()
+
+    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch, from 1; starts making the next."""
+        for number in range(max(self.submitted + 1, epoch), epoch + 2):
+            self.epochs[number], self.submitted = self.thread.submit(self.make_epoch, number), number
+        return self.epochs[epoch].result()
+
+    def batch(self, step: int) -> np.ndarray:
+        """An optimizer step's sequences for this process: (virtual ranks, micro-steps, micro-batch, T + 1) uint16."""
+        size, per_epoch = self.plan.config.micro_batch, self.plan.epoch_micro_steps
+        first, last = (s * self.plan.config.micro_steps for s in (step, step + 1))
+        rows: list[list[np.ndarray]] = [[] for _ in self.virtual_ranks]
+        for micro_step in range(first, last):
+            sequences, order = self.epoch(micro_step // per_epoch + 1)
+            for v, out in zip(self.virtual_ranks, rows, strict=True):
+                start = (VIRTUAL_RANKS * (micro_step % per_epoch) + v) * size
+                out.append(sequences[order[start : start + size]])
+        for done in [epoch for epoch in self.epochs if epoch <= last // per_epoch]:
+            del self.epochs[done]
+        return np.array(rows)
+
+
+# ======================================================================================================================
+# Validation
+# ======================================================================================================================
+
+# Adapted from train.py: MIXING -- weights
+MIXING = "weight"  # how the readout mixes its members: it averages their weights
+# Copied from train.py: EFFICIENCY
+EFFICIENCY = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000, 3.046), (2000, 2.892))  # M tokens, loss
+
+
+# Copied from train.py: Score
+@dataclass(frozen=True)
+class Score:
+    """Mean nats per target; bits per byte of text, None where the bytes are not known; how many of both."""
+
+    loss: float
+    bpb: float | None
+    tokens: int
+    bytes: int
+
+
+# Copied from train.py: EvalSet
+class EvalSet:
+    """A split to score: this process' sequences (n, T + 1) int64, and the bytes (n, T) of their targets."""
+
+    def __init__(self, shard: Shard, config: Config, world: World, byte_lengths: Tensor | None):
+        sequences = shard.sequences(config.sequence_len + 1)
+        order = np.random.RandomState(shard.seq_shuffle_seed).permutation(len(sequences))[: config.val_sequences]
+        own = sequences[order[world.rank :: world.size]]
+        self.world, self.batch, self.sequences = world, config.eval_batch, torch.from_numpy(own.astype(np.int64))
+        self.bytes = byte_lengths[self.sequences[:, 1:]] if byte_lengths is not None else None
+
+    @torch.no_grad()
+    def nats(self, token_losses) -> Tensor:
+        """token_losses: 2 x (B, T) -> (B, T); run over all sequences -> (n, T) float64 on the CPU, nats per target.
+
+        All batches have one shape: the last is filled up with copies of a sequence, which are not scored.
+        """
+        results = [torch.empty(0, self.sequences.size(1) - 1, dtype=torch.float64)]
+        for rows in self.sequences.split(self.batch) if len(self.sequences) else ():
+            batch = torch.cat([rows, rows[:1].expand(self.batch - len(rows), -1)]).to(self.world.device)
+            results.append(token_losses(batch[:, :-1], batch[:, 1:])[: len(rows)].double().cpu())
+        return torch.cat(results)
+
+    def score(self, nats: Tensor) -> Score:
+        """Mean over the targets of all processes, accumulated in float64."""
+        sums = [nats.sum().item(), nats.numel(), 0, 0]
+        if self.bytes is not None:
+            sums[2:] = [(nats * (self.bytes > 0)).sum().item(), self.bytes.sum().item()]
+        total, tokens, text_nats, text_bytes = self.world.sum(sums)
+        bpb = text_nats / math.log(2) / text_bytes if text_bytes else None
+        return Score(total / tokens, bpb, int(tokens), int(text_bytes))
+
+
+# Copied from train.py: data_efficiency
+def data_efficiency(loss: float) -> float | str:
+    """How many times 100M tokens a standard pretraining run needs for this loss; a bound outside of the known range."""
+    if not loss <= EFFICIENCY[0][1]:
+        return "< 2x"
+    for (tokens_a, loss_a), (tokens_b, loss_b) in pairwise(EFFICIENCY):
+        if loss >= loss_b:
+            return round((tokens_a + (loss_a - loss) / (loss_a - loss_b) * (tokens_b - tokens_a)) / 100, 4)
+    return "> 20x"
+
+
+# Adapted from train.py: member_dtype -- as they are
+def member_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In which a member of the readout keeps a parameter: as it is, so that the average is rounded once."""
+    return p.dtype
+
+
+# Adapted from train.py: load_members -- the average of their weights is one model
+@torch.no_grad()
+def load_members(run_dir: str | Path, device: str | torch.device):
+    """The readout of a finished run: yields (1.0, log_probs) once, for the average of its members' weights.
+
+    log_probs maps tokens (B, T) int64 to log-probabilities of the next token (B, T, V) float32.
+    """
+    run_dir, device = Path(run_dir), torch.device(device)
+    config = Config(**json.loads((run_dir / "config.json").read_text())["config"])
+    final = json.loads((run_dir / "final" / "members.json").read_text())
+    dtype = compute_dtype(config, device)
+    kernels = choose_kernels(dataclasses.replace(config, attention="auto", head="plain"), device, dtype)
+    model = build(config, device, dtype, **kernels).eval()
+    average: dict[str, Tensor] = {}
+    for member in final["members"]:
+        for name, p in load_file(run_dir / "final" / member["file"]).items():
+            p = p.to(torch.promote_types(p.dtype, torch.float32)) * member["weight"]
+            average[name] = average[name] + p if name in average else p
+    model.load_state_dict(average)
+    weights = ComputeWeights(model, dtype, requires_grad=False)
+    weights.refresh()
+
+    @torch.no_grad()
+    def log_probs(tokens: Tensor) -> Tensor:
+        return model.log_probs(tokens.to(device), weights.tensors, **final["stage"]).float()
+
+    yield 1.0, log_probs
+
+
+# ======================================================================================================================
+# Run: clock, log, checkpoint
+# ======================================================================================================================
+
+
+# Copied from train.py: Clock
+class Clock:
+    """train_time_s, the time of the optimizer steps from the first to the last: data, forward, backward, optimizer.
+
+    Not counted are set-up, compilation and warm-up, validation and checkpoints: for those it stands still, once the
+    device has finished the steps before.
+    """
+
+    def __init__(self, now=time.perf_counter):
+        self.now, self.train_time_s, self.since = now, 0.0, now()
+
+    def start(self) -> None:
+        self.since = self.now()
+
+    def lap(self) -> float:
+        """Count the time since the start or the last lap, and return it."""
+        now = self.now()
+        lap_s, self.since = now - self.since, now
+        self.train_time_s += lap_s
+        return lap_s
+
+
+# Copied from train.py: write_atomically
+def write_atomically(path: Path, write) -> None:
+    """write(temporary path), then rename: under its name a file is whole or not there, also after kill -9."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # safetensors' are the owner's alone
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# Copied from train.py: write_json
+def write_json(path: Path, content) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+# Copied from train.py: try_to_write_json
+def try_to_write_json(path: Path, content) -> str:
+    """As write_json -> why it failed, empty if it did not."""
+    try:
+        write_json(path, content)
+        return ""
+    except OSError as error:
+        return str(error)
+
+
+# Copied from train.py: code_sha256
+def code_sha256(folder: Path, names: tuple[str, ...] = ()) -> str:
+    """Of a script's files, or of all in code/: SHA-256 over a line "name, zero byte, SHA-256" for each, sorted."""
+    found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    names = names or tuple(path.relative_to(folder).as_posix() for path in found)
+    lines = (f"{name}\0{sha256_file(folder / name)}\n" for name in sorted(names))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# Copied from train.py: create_run
+def create_run(config: Config, data_sha256: dict[str, str]) -> dict:
+    """Make the run folder with config.json and code/ -> config.json's content, and the folder."""
+    name = config.run_name or f"{TRACK}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
+    folder, script = Path(config.runs_dir) / name, Path(__file__).resolve().parent
+    try:
+        folder.mkdir(parents=True)
+        for part in ("code", "checkpoints", "final"):
+            (folder / part).mkdir()
+        for file in SCRIPT_FILES:
+            shutil.copy(script / file, folder / "code" / file)
+    except FileExistsError:
+        raise ValueError(f"{folder} exists: choose another --run-name, or continue it: --resume {folder}") from None
+    except OSError as error:
+        raise ValueError(f"cannot make the run folder {folder} ({error.strerror}): choose another --runs-dir") from None
+    values, defaults = dataclasses.asdict(config), dataclasses.asdict(Config())
+    overrides = {key: value for key, value in values.items() if value != defaults[key]}
+    content = {"run_id": secrets.token_hex(4), "track": TRACK, "command": sys.argv, "overrides": overrides}
+    content |= {"config": values, "code_sha256": code_sha256(folder / "code"), "data_sha256": data_sha256}
+    write_json(folder / "config.json", content)
+    return content | {"folder": str(folder)}
+
+
+# Copied from train.py: read_json
+def read_json(path: Path, keys: set[str], advice: str) -> dict:
+    """A JSON object with these keys; ValueError with the advice if it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        require(keys <= content.keys(), f"it lacks {', '.join(keys - content.keys())}")
+        return content
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {advice}") from None
+
+
+# Copied from train.py: read_config
+def read_config(folder: str) -> dict:
+    """config.json of a run folder."""
+    path, keys = Path(folder) / "config.json", {"run_id", "track", "config", "overrides", "code_sha256", "data_sha256"}
+    require(path.exists(), f"{path} not found: --resume needs a run folder, such as runs/<name>")
+    return read_json(path, keys, "a run cannot be resumed without it; its weights are in checkpoints/ and final/")
+
+
+# Copied from train.py: open_run
+def open_run(folder: str, given: dict) -> dict:
+    """As create_run, of a run that this script and these flags can continue; ValueError says why they cannot."""
+    saved, result = read_config(folder), Path(folder) / "result.json"
+    require(saved["track"] == TRACK, f"{folder} is a run of the {saved['track']} track, and this script trains {TRACK}")
+    fixed = {k: v for k, v in given.items() if k not in RESUME_MAY_CHANGE and v != saved["config"].get(k)}
+    other = ", ".join(f"{k} {saved['config'].get(k)!r}, now {v!r}" for k, v in fixed.items())
+    require(not fixed, f"{folder} was started with other settings ({other}): leave them out, or start a new run")
+    same = code_sha256(Path(__file__).resolve().parent, SCRIPT_FILES) == saved["code_sha256"]
+    require(same, f"the script changed since {folder} was started: resume it with {folder}/code/{SCRIPT_FILES[0]}")
+    finished = result.exists() and read_json(result, {"status"}, "delete it to resume")["status"] == "finished"
+    return saved | {"folder": folder, "finished": finished}
+
+
+# Copied from train.py: check_same_data
+def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> None:
+    """A run goes on with the files that it was started with; ValueError if they are others."""
+    for split, now in (saved["data_sha256"] | data_sha256).items():
+        then, now = saved["data_sha256"].get(split, "none"), data_sha256.get(split, "none")
+        said = f"fineweb_{split}.pt was {then[:12]}..., and that of {data_dir} is {now[:12]}..."
+        require(then == now, f"{saved['folder']} was started on other data ({said}): give its --data-dir")
+
+
+# Copied from train.py: draw_curve
+def draw_curve(folder: Path, val_loss: float | None = None) -> None:
+    """curve.png: the training loss of every step and the validation losses, from metrics.jsonl; the readout's loss."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for key, style, label in (("train_loss", "-", "training, each step"), ("val_loss", "o-", "validation")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            label = f"{label}: {points[-1][1]:.4f}"
+            axes.plot(*zip(*points, strict=True), style, linewidth=1, markersize=4, label=label)
+    if val_loss is not None:
+        axes.axhline(val_loss, linestyle="--", linewidth=1, color="gray", label=f"readout: {val_loss:.4f}")
+    axes.legend()
+    losses = [line.get("train_loss", line.get("val_loss")) for line in lines]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    if len(losses) > 100:  # the fall of the first steps would leave no room for what follows
+        axes.set_ylim(min(losses) - 0.1, float(np.quantile(losses, 0.97)) + 0.2)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=folder.name)
+    axes.grid(alpha=0.3)
+    write_atomically(folder / "curve.png", partial(figure.savefig, format="png", dpi=120))
+
+
+# Copied from train.py: Lines
+class Lines:
+    """A file that grows by lines. What a full disk refuses waits in memory and is tried again with the next line."""
+
+    def __init__(self, path: Path):
+        self.file, self.waiting = open(path, "ab", buffering=0), b""
+
+    def write(self, text: str) -> None:
+        self.waiting += text.encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError:
+            pass
+
+
+# Copied from train.py: Run
+class Run:
+    """The run folder and what is written to it as the run goes on. Only the main process writes."""
+
+    def __init__(self, folder: str, run_id: str, main: bool):
+        self.folder, self.run_id, self.main, self.wandb, self.bar = Path(folder), run_id, main, None, None
+
+    def open(self) -> None:
+        self.log_lines, self.metrics = Lines(self.folder / "log.txt"), Lines(self.folder / "metrics.jsonl")
+        try:
+            fcntl.flock(self.log_lines.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {self.folder}: wait for its end, or stop it") from None
+        except OSError as error:
+            self.log(f"no locks on this disk ({error.strerror}): let no other process write to {self.folder}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.main:
+            if self.wandb is not None:
+                try:
+                    self.wandb.finish()
+                except Exception as error:  # the run folder has all that matters
+                    self.log(f"wandb: {type(error).__name__}: {error}")
+            self.log_lines.file.close()
+            self.metrics.file.close()
+
+    def start_wandb(self, config: Config) -> str:
+        """Weights & Biases, where wanted -> what the header says of it. Where no --wandb asks for it, it may fail."""
+        mode = config.wandb
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
+        if mode in ("off", "disabled"):
+            return "off"
+        try:
+            import wandb
+
+            names = {"project": "nanogpt-slowrun", "name": self.folder.name, "id": self.run_id, "dir": str(self.folder)}
+            values, settings = dataclasses.asdict(config) | {"track": TRACK}, wandb.Settings(silent=True)
+            self.wandb = wandb.init(**names, resume="allow", mode=mode, config=values, settings=settings)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            require(config.wandb == "auto", f"--wandb {config.wandb} failed ({said}): log in, or choose offline or off")
+            return f"off, since it failed ({said})"
+        return mode
+
+    def log(self, text: str, screen: bool = True) -> None:
+        """Print lines, and keep them in log.txt behind the run id."""
+        if self.main:
+            if screen:
+                tqdm.write(text)
+                sys.stdout.flush()
+            self.log_lines.write("".join(f"{self.run_id} {line}\n" for line in text.splitlines()))
+
+    def progress(self, done: int, total: int, parts: list[str], printed: bool) -> None:
+        """A step is done: move the bar on a terminal; elsewhere, and in log.txt, print a line if it is its turn."""
+        line = " | ".join([f"step {done}/{total}", *parts])
+        if self.main and sys.stderr.isatty():
+            self.bar = self.bar or tqdm(total=total, initial=done - 1, bar_format="{bar:20} {desc}", dynamic_ncols=True)
+            self.bar.set_description_str(line, refresh=False)
+            self.bar.update()
+        if printed:
+            self.log(line, screen=self.bar is None)
+
+    def record(self, values: dict, to_wandb: bool = True) -> None:
+        """A line of metrics.jsonl."""
+        if self.main:
+            self.metrics.write(json.dumps({"run": self.run_id} | values) + "\n")
+            if self.wandb is not None and to_wandb:
+                self.wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the steps that were lost with a killed run, and are about to be repeated."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # the last may be half written
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+        self.metrics.file.close()
+        write_atomically(path, lambda temporary: temporary.write_text(kept))
+        self.metrics = Lines(path)
+
+    def checkpoints(self) -> list[Path]:
+        """The complete ones, oldest first: a .json is written once its .pt is on the disk, and has the hash of it."""
+        return sorted((self.folder / "checkpoints").glob("step_*.json"))
+
+    def save_checkpoint(self, tensors: dict, info: dict) -> str:
+        """Write a checkpoint and drop all but the last two -> why it could not be written, empty if it was."""
+        path, failure = self.folder / "checkpoints" / f"step_{info['step']:07d}.pt", ""
+        try:
+            write_atomically(path, partial(torch.save, tensors))
+            write_json(path.with_suffix(".json"), info | {"sha256": sha256_file(path)})
+        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+            free = shutil.disk_usage(self.folder).free / 2**30
+            failure = f"{type(error).__name__}, {str(error).splitlines()[0]} ({free:.2f} GiB free)"
+        self.drop_checkpoints(keep=2)
+        return failure
+
+    def drop_checkpoints(self, keep: int) -> None:
+        kept = [complete.stem for complete in self.checkpoints()[-keep:]]
+        for file in (self.folder / "checkpoints").iterdir():
+            if file.stem not in kept:
+                file.unlink()
+
+    def load_checkpoint(self) -> tuple[dict, dict] | None:
+        """(Tensors, info) of the newest checkpoint, None if there is none. A damaged one is an error."""
+        found = self.checkpoints()
+        if not found:
+            return None
+        before = f"step {int(found[-2].stem[5:])}" if len(found) > 1 else "the start"
+        path, advice = found[-1].with_suffix(".pt"), f"delete {found[-1]} to resume from {before}"
+        info = read_json(found[-1], {"step", "sha256", "members"}, advice)
+        sound = path.exists() and sha256_file(path) == info["sha256"]
+        require(sound, f"the checkpoint {path} is missing or damaged: {advice}")
+        return torch.load(path, map_location="cpu", weights_only=True), info
+
+
+# ======================================================================================================================
+# Train
+# ======================================================================================================================
+
+
+# Copied from train.py: NonFiniteLoss
+class NonFiniteLoss(RuntimeError):
+    """A loss is NaN or infinite."""
+
+
+# Copied from train.py: duration
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f}h" if seconds > 7200 else f"{seconds / 60:.1f}m" if seconds > 90 else f"{seconds:.0f}s"
+
+
+# Copied from train.py: Trainer
+class Trainer:
+    """A training run: its state, and its phases warm_up, resume, fit and finish."""
+
+    def __init__(self, config: Config, world: World, run: Run, plan: Plan, shards: dict[str, Shard], byte_lengths):
+        self.config, self.world, self.run, self.plan, self.shards = config, world, run, plan, shards
+        self.dtype = compute_dtype(config, world.device)
+        self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
+        self.kernels = choose_kernels(config, world.device, self.dtype)
+        self.model = build(config, world.device, self.dtype, **self.kernels)
+        torch.manual_seed(config.seed)
+        self.model.init_weights()
+        if self.compiled:
+            torch._dynamo.config.recompile_limit = 64  # graphs of a function: training, validation, windows, replay
+            self.model.compile_layers()
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())
+        self.optimizer = build_optimizer(config, self.model, world, self.dtype, self.compiled)
+        self.optimizer.broadcast_values()
+        self.weights = ComputeWeights(self.model, self.dtype)
+        self.loader = TrainLoader(shards["train"], plan, world.virtual_ranks)
+        self.eval_sets = {s: EvalSet(shards[s], config, world, byte_lengths) for s in ("val", "holdout") if s in shards}
+        costs = [flops_per_token(config, **stage(plan, step)) * config.batch_tokens for step in range(plan.num_steps)]
+        self.flops = np.cumsum([0.0, *costs])  # of all steps before a step
+        self.clock, self.started, self.earlier_wall_s = Clock(), time.monotonic(), 0.0  # started: of this process
+        self.step, self.stopped_by, self.signal, self.signal_at = 0, "", "", 0.0
+        self.readouts: dict[str, float] = {}  # validation losses by name
+        self.members: list[dict] = []  # weights kept for the readout: file, epoch, step
+        self.unsaved: dict[str, dict[str, Tensor]] = {}  # those not on the disk yet, by file
+        self.pending: deque = deque()  # steps under way: (step, function that waits for its losses)
+        self.recent_s: deque[float] = deque(maxlen=5)  # durations of the last steps
+        self.unprinted_s: list[float] = []  # durations of the steps since the last printed line
+        self.last_checkpoint, self.checkpoint_due, self.checkpoint_failure = time.monotonic(), False, ""
+
+    # ------------------------------------------------------------------------------------------------ an optimizer step
+
+    def pieces(self, micro_steps: Tensor) -> list[tuple[int, Tensor]]:
+        """(k, b, T + 1) of a virtual rank -> (micro-step, sequences); the meta-gradient halves a single micro-step."""
+        if self.config.meta_gradient and len(micro_steps) == 1:
+            return [(0, half) for half in micro_steps[0].chunk(2)]
+        return list(enumerate(micro_steps))
+
+    def backward(self, rows: Tensor, share: float, **how) -> Tensor:
+        """Forward and backward of sequences (B, T + 1), weighted -> weighted (loss, next-token loss), (2,)."""
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        losses = self.model.training_loss(tokens, targets, self.weights.tensors, **how)
+        (losses[0] * share).backward()
+        return torch.stack(losses).detach() * share
+
+    def run_pieces(self, step: int, v: int, pieces: list, share: float, totals: Tensor) -> None:
+        """Accumulate gradients and losses of pieces of virtual rank v. Dropout is seeded by what they are."""
+        c = self.config
+        for index, (micro_step, rows) in pieces:
+            how = stage(self.plan, step) | pass_arguments(self.plan, step, micro_step)
+            for i, chunk in enumerate(rows.split(c.device_batch or len(rows))):
+                seed = np.random.SeedSequence((c.seed, step, v, index, i)).generate_state(1, np.uint64)
+                torch.manual_seed(int(seed[0]))
+                totals += self.backward(chunk, share * len(chunk) / len(rows), **how)
+
+    def train_step(self, step: int):
+        """Enqueue an optimizer step -> a function that waits for it and returns this process' share of the losses."""
+        eta, batch = schedule(self.plan, step)["meta_step"], torch.from_numpy(self.loader.batch(step).astype(np.int64))
+        if self.world.cuda:
+            batch = batch.pin_memory().to(self.world.device, non_blocking=True)
+        totals = torch.zeros(2, dtype=self.model.x0_lambdas.dtype, device=self.world.device)
+        for v, micro_steps in zip(self.world.virtual_ranks, batch, strict=True):
+            pieces = list(enumerate(self.pieces(micro_steps)))
+            middle = len(pieces) // 2
+            halves = [pieces[:middle], pieces[middle:]] if self.config.meta_gradient else [pieces]
+            run = partial(self.run_pieces, step, v, share=1 / (VIRTUAL_RANKS * len(pieces)), totals=totals)
+            add_gradient(self.weights, self.optimizer, [partial(run, half) for half in halves], eta)
+        update_weights(self.optimizer, self.plan, step)
+        if not self.world.cuda:
+            return totals.tolist
+        host, event = torch.empty_like(totals, device="cpu", pin_memory=True), torch.cuda.Event()
+        host.copy_(totals, non_blocking=True)
+        event.record()
+        return lambda: (event.synchronize(), host.tolist())[1]
+
+    def token_losses(self, tokens: Tensor, targets: Tensor, **how) -> Tensor:
+        """What validation scores: 2 x (B, T) -> (B, T)."""
+        self.model.eval()
+        with torch.no_grad():
+            losses = self.model.token_losses(tokens, targets, self.weights.tensors, **how)
+        self.model.train()
+        return losses
+
+    def warm_up(self) -> None:
+        """Check the kernels; run every graph that the run will need, on random tokens; leave no trace of it."""
+        c, device = self.config, self.world.device
+        check_kernels(c, device, **self.kernels)
+        stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
+        with torch.random.fork_rng([device] if self.world.cuda else []):
+            for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
+                for how in stages.values() if self.world.main == main_turn else ():
+                    shape = (c.micro_steps, c.micro_batch, c.sequence_len + 1)  # graphs depend on shapes and strides
+                    rows = self.pieces(torch.randint(c.vocab_size, shape, device=device))[0][1]
+                    for arguments in warm_up_arguments(c, **how):
+                        run = partial(self.backward, rows[: c.device_batch or None], 1.0, **how, **arguments)
+                        add_gradient(self.weights, self.optimizer, [run] * (1 + c.meta_gradient), 0.0)
+                    batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
+                    self.token_losses(batch[:, :-1], batch[:, 1:], **how)
+                self.optimizer.zero_grad()
+                if self.world.main == main_turn:
+                    self.optimizer.step(0.0, 0.0, 0.95, alone=True)  # no gradient and no rate: it changes nothing
+                self.world.sum([0])
+        self.optimizer.step(0.0, 0.0, 0.95)  # connects the processes
+        self.optimizer.steps = 0
+
+    # --------------------------------------------------------------------------------------------------- training loop
+
+    def fit(self) -> None:
+        """Train until the last step, the time cap or a signal; `stopped_by` says which."""
+        keep = 1 if self.world.cuda else 0  # losses are read one step late, so that the GPU never waits
+        projection_at = self.step + 10
+        if self.any_signal():
+            self.stopped_by = self.stopped_by or "signal"
+        if self.step == 0 and self.config.eval_initial and not self.stopped_by:
+            self.validate("initial")
+        self.clock.start()
+        while self.step < self.plan.num_steps and not self.stopped_by:
+            self.pending.append((self.step, self.train_step(self.step)))
+            self.step += 1
+            self.settle(keep)
+            if self.step == projection_at:
+                self.print_projection()
+            epoch_ends = self.plan.epochs_done(self.step) > self.plan.epochs_done(self.step - 1)
+            self.agree()
+            if epoch_ends or self.checkpoint_due or self.stopped_by:
+                self.settle(0)
+                if epoch_ends or self.stopped_by == "time_cap":
+                    self.end_epoch(complete=epoch_ends)
+                self.save_checkpoint()
+                self.clock.start()
+        self.stopped_by = self.stopped_by or "steps"
+
+    def take_signal(self, number: int, frame) -> None:
+        """Stop after the step under way.
+
+        A second signal soon after is the same stop, from a scheduler and from torchrun; a later one ends the process.
+        """
+        now = time.monotonic()
+        if self.signal and now - self.signal_at > 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.signal:
+            self.signal, self.signal_at = signal.Signals(number).name, now
+
+    def any_signal(self) -> bool:
+        """Whether a process got one; collective."""
+        return self.world.sum([bool(self.signal)])[0] > 0
+
+    def settle(self, keep: int) -> None:
+        """Wait for all steps but the newest `keep`, and record them."""
+        while len(self.pending) > keep:
+            step, losses = self.pending.popleft()
+            local = losses()
+            dt_s = self.clock.lap()
+            self.recent_s.append(dt_s)
+            loss, lm_loss = self.world.sum(local)
+            self.record_step(step, dt_s, loss, lm_loss)
+            if not math.isfinite(loss):
+                self.fail("training", loss, step)
+
+    def agree(self) -> None:
+        """Before each step, all processes decide together whether to stop, or to write a checkpoint after it."""
+        c, over_cap = self.config, False
+        if self.recent_s and self.step < self.plan.num_steps:
+            next_end_s = self.clock.train_time_s + (len(self.pending) + 1) * statistics.median(self.recent_s)
+            over_cap = 0 < 60 * c.time_cap_min < next_end_s
+        due = time.monotonic() - self.last_checkpoint >= 60 * c.checkpoint_min
+        over_cap, stop, due = self.world.sum([over_cap, bool(self.signal), due])
+        self.checkpoint_due = bool(due)
+        if not self.stopped_by:
+            self.stopped_by = "time_cap" if over_cap else "signal" if stop else ""
+
+    def record_step(self, step: int, dt_s: float, loss: float, lm_loss: float) -> None:
+        """A line of metrics.jsonl, the progress bar, and every log_every steps a printed line."""
+        c, N, done = self.config, self.plan.num_steps, step + 1
+        values = {"step": done, "epoch": self.plan.epochs_done(step) + 1, "dt_s": dt_s, "tokens": done * c.batch_tokens}
+        values |= {"train_loss": lm_loss, "train_loss_with_mtp": loss}
+        values |= schedule(self.plan, step) | stage(self.plan, step)
+        self.run.record(values, to_wandb=done % c.log_every == 0)
+        self.unprinted_s.append(dt_s)
+        step_s = statistics.mean(self.unprinted_s)
+        parts = [f"train {lm_loss:.4f}", f"lr {values['lr']:.2f}", f"{c.batch_tokens / step_s / 1e3:.1f}k tok/s"]
+        if peak := peak_flops(self.world.device):
+            used = (self.flops[done] - self.flops[step]) / step_s / self.world.size
+            parts.append(f"{100 * used / peak:.1f}% mfu")
+        parts += [f"{step_s:.2f} s/step", f"eta {duration(self.remaining_s(done, step_s))}"]
+        printed = done % c.log_every == 0 or done == N
+        self.run.progress(done, N, parts, printed)
+        if printed:
+            self.unprinted_s = []
+
+    def remaining_s(self, step: int, step_s: float) -> float:
+        """Projected time of the steps from `step` on, at the rate of operations of steps that take `step_s`."""
+        last, ahead = self.flops[step] - self.flops[step - 1], self.flops[-1] - self.flops[step]
+        return step_s * ahead / last
+
+    def print_projection(self) -> None:
+        left_s = self.remaining_s(self.step, statistics.median(self.recent_s))
+        cap, total_min = self.config.time_cap_min, (self.clock.train_time_s + left_s) / 60
+        self.run.log(f"projected training time {total_min:.1f} min, cap {f'{cap:g} min' if cap else 'lifted'}")
+        if 0 < cap < total_min:
+            self.run.log("WARNING: training will stop early, at the cap; --time-cap-min 0 lifts it (not eligible then)")
+
+    def end_epoch(self, complete: bool) -> None:
+        """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
+        epoch = self.plan.epochs_done(self.step) + (not complete)
+        self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
+        if epoch > self.config.num_epochs - self.config.readout_epochs or self.stopped_by == "time_cap":
+            file = f"epoch_{epoch:02d}.safetensors"
+            self.members.append({"file": file, "epoch": epoch, "step": self.step})
+            if self.world.main:
+                tensors = self.unsaved[file] = {}
+                for name, p in self.model.named_parameters():
+                    tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
+
+    def validate(self, name: str) -> None:
+        """Score the model as it was trained in the epoch just finished."""
+        self.weights.refresh()
+        how, val = stage(self.plan, max(0, self.step - 1)), self.eval_sets["val"]
+        score = val.score(val.nats(partial(self.token_losses, **how)))
+        if not math.isfinite(score.loss):
+            self.fail("validation", score.loss, max(0, self.step - 1))
+        if self.step:
+            self.readouts[name] = score.loss
+        values = {"step": self.step, "epoch": self.plan.epochs_done(self.step)} | how
+        self.run.record(values | {"val_loss": score.loss, "val_bpb": score.bpb})
+        bpb = f" | {score.bpb:.4f} bits per byte" if score.bpb else ""
+        self.run.log(f"{name} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}")
+        self.draw_curve()
+
+    def draw_curve(self, val_loss: float | None = None) -> None:
+        if self.world.main:
+            try:
+                draw_curve(self.run.folder, val_loss)
+            except Exception as error:  # a full disk, or a library's fault: no reason to end a run
+                self.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write all that the run needs to go on from here. A failure is said, and does not end the run."""
+        started, state = time.monotonic(), self.optimizer.state_dict()
+        if self.world.main:
+            tensors = {"model": {name: p.detach() for name, p in self.model.named_parameters()}, "optimizer": state}
+            info = {"step": self.step, "train_time_s": self.clock.train_time_s, "wall_time_s": self.wall_time_s()}
+            info |= {"readouts": self.readouts, "members": self.members, "recent_s": [*self.recent_s]}
+            info["stopped_by"] = self.stopped_by if self.stopped_by == "time_cap" else ""
+            failure = self.save_members() or self.run.save_checkpoint(tensors, info)
+            said = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
+            self.run.log(f"checkpoint at step {self.step} {said}, in {time.monotonic() - started:.1f} s")
+        self.checkpoint_failure = self.world.share(lambda: failure)
+        self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
+
+    def save_members(self) -> str:
+        """Write the readout's weights that are only in memory -> why they could not be written, empty if they were."""
+        for file in list(self.unsaved):
+            try:
+                write_atomically(self.run.folder / "final" / file, partial(save_file, self.unsaved[file]))
+            except Exception as error:  # an OSError, or safetensors' own
+                return f"final/{file}: {error}"
+            member = next(member for member in self.members if member["file"] == file)
+            member["sha256"] = sha256_file(self.run.folder / "final" / file)
+            del self.unsaved[file]
+        return ""
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint of the run folder, or begin anew where there is none yet."""
+        tensors = {}
+
+        def read() -> dict | None:
+            content, info = self.run.load_checkpoint() or ({}, None)
+            tensors.update(content)
+            for member in info["members"] if info else ():
+                path = self.run.folder / "final" / member["file"]
+                sound = path.exists() and sha256_file(path) == member["sha256"]
+                require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
+            self.run.drop_metrics_after(info["step"] if info else -1)
+            (self.run.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
+            return info
+
+        info = self.world.share(read)
+        if info is None:
+            return self.run.log("no checkpoint yet: starting from step 0")
+        for name, p in self.model.named_parameters() if self.world.main else ():
+            p.data.copy_(tensors["model"][name])
+        self.optimizer.broadcast_values()
+        self.optimizer.load_state_dict(tensors.get("optimizer", {}))
+        self.step, self.stopped_by = info["step"], info["stopped_by"]
+        self.readouts, self.members = info["readouts"], info["members"]
+        self.clock.train_time_s, self.earlier_wall_s = info["train_time_s"], info["wall_time_s"]
+        self.recent_s.extend(info["recent_s"])
+        done = f"step {self.step}/{self.plan.num_steps}, after {self.clock.train_time_s:.1f} s of training"
+        self.run.log(f"resumed at {done}")
+
+    def wall_time_s(self) -> float:
+        return self.earlier_wall_s + time.monotonic() - self.started
+
+    def fail(self, kind: str, loss: float, step: int) -> None:
+        """End the run (NonFiniteLoss), and keep what is needed to look at it: the step's tokens, all norms."""
+        if self.world.main:
+            path = self.run.folder / "non_finite.pt"
+            tokens = TrainLoader(self.shards["train"], self.plan, range(VIRTUAL_RANKS)).batch(step)
+            norms = {name: p.detach().float().norm().item() for name, p in self.model.named_parameters()}
+            bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+            content = {"step": step + 1, "loss": loss, "tokens": torch.from_numpy(tokens), "norms": norms}
+            write_atomically(path, partial(torch.save, content))
+            result = {"track": TRACK, "status": "failed", "stopped_by": "non_finite_loss", "steps": step + 1}
+            write_json(self.run.folder / "result.json", result | {"run_id": self.run.run_id})
+            kept = ", ".join(path.stem for path in self.run.checkpoints()) or "none, it begins anew"
+            self.run.log(f"{path} has the tokens and the norms of all parameters; not finite: {len(bad)}, {bad[:3]}")
+            self.run.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
+        raise NonFiniteLoss(f"the {kind} loss is {loss} at step {step + 1}")
+
+    def say_how_to_resume(self) -> int:
+        """-> the exit code: 0 if the checkpoint is saved."""
+        start = "python" if self.world.size == 1 else f"torchrun --standalone --nproc_per_node={self.world.size}"
+        how = f"resume with: {start} {sys.argv[0]} --resume {self.run.folder}"
+        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; {how}")
+        return 1 if self.checkpoint_failure else 0
+
+    # --------------------------------------------------------------------------------------------------------- readout
+
+    def load_member(self, member: dict) -> None:
+        """Put a member's weights into the model, from the disk or from memory."""
+        if self.world.main:
+            saved = self.unsaved.get(member["file"]) or load_file(self.run.folder / "final" / member["file"])
+            for name, p in self.model.named_parameters():
+                p.data.copy_(saved[name])
+        self.optimizer.broadcast_values()
+        self.weights.refresh()
+
+    def finish(self) -> int:
+        """Read out, print the final block, write result.json, clean up -> the exit code."""
+        found = read_out(self)
+        if found is None:
+            return self.say_how_to_resume()
+        val, holdout, final = found
+        if not all(map(math.isfinite, self.readouts.values())):
+            self.fail("validation", val.loss, self.step - 1)
+        if not self.world.main:
+            return 0
+        folder, failure = self.run.folder, self.save_final(final)
+        result = self.result(val, holdout)
+        reasons = ineligible(self.config, result)
+        result |= {"eligible": not reasons, "not_eligible_because": reasons}
+        self.draw_curve(val.loss)
+        self.run.log(final_block(result, folder))
+        failure = failure or try_to_write_json(folder / "result.json", result)
+        if failure:
+            self.run.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
+            return 1
+        shutil.rmtree(folder / "checkpoints")
+        if self.run.wandb is not None:
+            self.run.wandb.summary.update(result)
+        return 0
+
+    def save_final(self, final: dict) -> str:
+        """Complete final/, with members.json, and drop what else is there -> why it failed, empty if it did not."""
+        for path in (self.run.folder / "final").iterdir():
+            if path.name not in [member["file"] for member in final["members"]]:
+                path.unlink()
+        if self.save_members():  # the disk is full: the older checkpoint makes room
+            self.run.drop_checkpoints(keep=1)
+        return self.save_members() or try_to_write_json(self.run.folder / "final" / "members.json", final)
+
+    def result(self, val: Score, holdout: Score | None) -> dict:
+        """What result.json says, but for eligibility."""
+        c, world, seconds = self.config, self.world, self.clock.train_time_s
+        tokens = self.step * c.batch_tokens
+        hashes, folder = {split: shard.sha256 for split, shard in self.shards.items()}, self.run.folder
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if world.cuda:
+            memory = torch.cuda.max_memory_allocated(world.device)
+        peak = peak_flops(world.device)
+        return {
+            "track": TRACK, "status": "finished", "stopped_by": self.stopped_by, "run_id": self.run.run_id,
+            "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(self.readouts.values()),
+            "readouts": self.readouts, "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
+            "data_efficiency": data_efficiency(val.loss) if hashes["val"] == OFFICIAL_SHA256["val"] else None,
+            "steps": self.step, "tokens": tokens, "epochs": self.plan.epochs_done(self.step),
+            "train_time_s": seconds, "wall_time_s": self.wall_time_s(), "time_cap_min": c.time_cap_min,
+            "seed": c.seed, "world_size": world.size, "device": device_name(world.device),
+            **self.kernels, "dtype": str(self.dtype).removeprefix("torch."), "compiled": self.compiled,
+            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / seconds,
+            "mfu": self.flops[self.step] / seconds / peak / world.size if peak else None,
+            "parameters": self.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
+            "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
+            "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
+        }  # fmt: skip
+
+
+# Copied from train.py: use_average
+def use_average(trainer: Trainer, members: list[dict], weights: list[float]) -> None:
+    """Put the weighted average of the members' weights into the model."""
+    buckets = trainer.optimizer.buckets
+    trainer.optimizer.zero_grad()
+    for weight, member in zip(weights, members, strict=True):
+        trainer.load_member(member)
+        for bucket in buckets:
+            bucket.grads.add_(bucket.values, alpha=weight)  # the gradients' memory has no other use any more
+    for bucket in buckets:
+        bucket.values.copy_(bucket.grads)
+    trainer.weights.refresh()
+
+
+# Adapted from train.py: read_out -- averages of weights
+def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
+    """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
+
+    None if a signal comes. It averages the members' weights, the newest heaviest, and runs with all passes. Recorded
+    beside it: the same with equal weights, and the exponential moving average of all of the run's weights.
+    """
+    members, eval_sets = trainer.members[-trainer.config.readout_epochs :], trainer.eval_sets
+    weights = [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
+    how = {"passes": trainer.config.passes}
+
+    def use_ema() -> None:
+        updates = math.ceil(trainer.step / trainer.config.ema_every)
+        for bucket in trainer.optimizer.buckets:
+            average = bucket.state["average"] / (1 - ema_beta(trainer.plan) ** updates)
+            bucket.values.copy_(bucket.whole(average))
+        trainer.weights.refresh()
+
+    def score(name: str) -> Score:
+        return eval_sets[name].score(eval_sets[name].nats(partial(trainer.token_losses, **how)))
+
+    scores = {}
+    averages = {  # the EMA first: its memory is not written to by the others
+        "exponential_moving_average": use_ema,
+        "weight_average_equal_weights": partial(use_average, trainer, members, [1 / len(members)] * len(members)),
+        "weight_average": partial(use_average, trainer, members, weights),
+    }
+    for name, use in averages.items():
+        if trainer.any_signal():
+            return None
+        use()
+        scores = {"val": score("val")}
+        trainer.readouts[name] = scores["val"].loss
+    holdout = score("holdout") if "holdout" in eval_sets else None
+    for weight, member in zip(weights, members, strict=True):
+        member["weight"] = weight
+    return scores["val"], holdout, {"mixing": MIXING, "stage": how, "members": members}
+
+
+# Copied from train.py: ineligible
+def ineligible(config: Config, result: dict) -> list[str]:
+    """Why a result cannot be a record of this track; empty if it can."""
+    cap, targets = Config.time_cap_min, Config.val_sequences * Config.sequence_len
+    checks = {
+        "the data are not the official files": all(result["data_sha256"][s] == h for s, h in OFFICIAL_SHA256.items()),
+        f"{result['val_tokens']:,} validation targets, not {targets:,}": result["val_tokens"] == targets,
+        f"the cap of {cap:g} min is lifted": 0 < config.time_cap_min <= cap,
+        f"training took longer than {cap:g} min": result["train_time_s"] <= 60 * cap,
+        "it ran on other hardware than 8 H100": result["world_size"] == 8 and "H100" in result["device"],
+        "the loss is not finite": math.isfinite(result["val_loss"]),
+    }
+    return [reason for reason, fine in checks.items() if not fine]
+
+
+# Copied from train.py: header
+def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wandb_said: str) -> str:
+    """The first thing that a run prints."""
+    c, world, shards = trainer.config, trainer.world, trainer.shards
+    settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
+    official = all(shards[split].sha256 == sha256 for split, sha256 in OFFICIAL_SHA256.items())
+    sizes = ", ".join(f"{split} {len(shard.tokens):,}" for split, shard in shards.items())
+    data = f"{sizes} tokens ({'official' if official else 'not the official files'}); bytes of tokens {bytes_from}"
+    device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
+    compiled = "compiled" if trainer.compiled else "not compiled"
+    kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
+    if world.cuda and (trainer.kernels["attention"], c.attention) == ("sdpa", "auto"):
+        kernels += " (slow: flash attention does not run here, --attention varlen says why)"
+    lines = {
+        "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
+        "settings": settings,
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
+        "device": f"{device}, {kernels}, {compiled}, about {needed_gib:.2g} GiB per process",
+        "data": f"{c.data_dir}: {data}",
+        "model": f"{trainer.num_parameters:,} parameters",
+        "plan": f"{trainer.plan.num_steps:,} steps of {c.batch_tokens:,} tokens, {c.num_epochs} epochs, "
+        + (f"cap {c.time_cap_min:g} min" if c.time_cap_min else "no cap (not eligible)"),
+    }
+    return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
+
+
+# Copied from train.py: final_block
+def final_block(result: dict, folder: Path) -> str:
+    """The last thing that a run prints."""
+    bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
+    holdout = f"{result['holdout_loss']:.4f}" if result["holdout_loss"] is not None else "none"
+    because = "; ".join(result["not_eligible_because"])
+    ended = "finished" if result["stopped_by"] == "steps" else f"stopped by {result['stopped_by']}"
+    lines = [
+        f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
+        *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
+        f"val_loss   {result['val_loss']:.4f} ({MIXING}_average){bpb}; best readout {result['best_val_loss']:.4f}",
+        f"holdout    {holdout}",
+        f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
+        f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "
+        f"in all {duration(result['wall_time_s'])}",
+        f"record     {'eligible' if result['eligible'] else f'not eligible: {because}'}",
+        f"run folder {folder}, curve {folder / 'curve.png'}",
+    ]
+    return "\n".join(["=" * 100, *lines, "=" * 100])
+
+
+# Copied from train.py: set_up
+def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
+    """From the command line to a trainer, and whether it resumes; what can be refused is refused here (ValueError).
+
+    No trainer: the run that --resume names has finished.
+    """
+    started, (given, resume) = time.monotonic(), parse_arguments(argv)
+    config, device = Config(**given) if resume is None else None, given.get("device", "auto")
+    if resume is not None:
+        device = read_config(resume)["config"].get("device", "auto")
+    world = set_up_world(device)
+    if resume is not None:
+        saved = world.share(open_run, resume, given)
+        config = Config(**saved["config"] | {name: given[name] for name in RESUME_MAY_CHANGE & given.keys()})
+        if saved["finished"]:
+            if world.main:
+                print(f"{resume} has finished, see {resume}/result.json")
+            return None, True
+    # What is the same in all processes is checked by one: one message if it is refused.
+    world.share(choose_kernels, config, world.device, compute_dtype(config, world.device))
+    needed_gib = world.share(check_memory, config, world)
+    loaded: dict[str, Shard] = {}
+    world.share(lambda: loaded.update(load_data(config)))
+    shards = loaded or load_data(config)
+    hashes = {split: shard.sha256 for split, shard in shards.items()}
+    plan = world.share(Plan, config, len(shards["train"].sequences(config.sequence_len + 1)))
+    byte_lengths, bytes_from = world.share(token_byte_lengths, config)
+    if resume is None:
+        saved = world.share(create_run, config, hashes)
+    world.share(check_same_data, saved, config.data_dir, hashes)
+    check_same_data(saved, config.data_dir, hashes)  # the other processes may be on other disks
+    run = Run(saved["folder"], saved["run_id"], world.main)
+    world.share(run.open)
+    try:
+        wandb_said = world.share(run.start_wandb, config)
+    except ValueError:
+        if resume is None:  # refused: nothing is left of it
+            shutil.rmtree(run.folder)
+        raise
+    trainer = Trainer(config, world, run, plan, shards, byte_lengths)
+    trainer.started = started
+    run.log(header(trainer, saved, bytes_from, needed_gib, wandb_said))
+    return trainer, resume is not None
+
+
+# Copied from train.py: main
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 finished, or stopped by a signal and saved; 1 failed; 2 refused."""
+    trainer, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        try:
+            trainer, resumes = set_up(argv)
+            if trainer is None:
+                return 0
+            for number in handlers:
+                signal.signal(number, trainer.take_signal)
+            trainer.warm_up()
+            if resumes:
+                trainer.resume()
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # until they have met, all find the same
+                advice = "" if isinstance(error, ValueError) else "\nLess memory: --device-batch, --eval-batch"
+                print(f"{Path(__file__).name}: error: {error}{advice}", file=sys.stderr)
+            return 2
+        trainer.fit()
+        return trainer.say_how_to_resume() if trainer.stopped_by == "signal" else trainer.finish()
+    except NonFiniteLoss as error:
+        trainer.run.log(f"stopped: {error}")
+        return 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if trainer is not None:
+            trainer.run.close()
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    if dist.is_initialized():
+        if exit_code == 0:  # else the others may never come
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(exit_code)  # a thread of gloo that still wants the interpreter can abort a regular exit
+    sys.exit(exit_code)
