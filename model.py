@@ -233,7 +233,8 @@ def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, 
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-CHUNK = 4096  # positions whose logits exist at a time in training
+CHUNK = 4096  # positions whose logits exist at a time in training: these keep a GPU busy
+CHUNK_ON_CPU = 128  # and this many fit its caches
 
 
 def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
@@ -279,8 +280,9 @@ class HeadLoss(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         losses, x_grad = torch.zeros(2, dtype=wide, device=x.device), torch.empty_like(x)
         lm_head_grad = torch.zeros_like(lm_head, dtype=wide)
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
+        size = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
             *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, targets[rows])
             losses += torch.stack(parts)
             lm_head_grad += lm_head_part

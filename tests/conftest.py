@@ -122,6 +122,11 @@ def keep_signal_handlers():
         signal.signal(number, handler)
 
 
+def script_of(track) -> str:
+    """The path of a track's script in the repository."""
+    return str(Path(track.__file__).relative_to(ROOT))
+
+
 def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
     """metrics.jsonl as (lines of steps, lines of validations)."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -8,28 +8,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, V, flags, write_data
+from conftest import SMALL, STAGES, V, flags, write_data
 
 
 def small_plan(track, data_dir, **changes):
-    config = track.Config(**SMALL | {"data_dir": str(data_dir)} | changes)
+    config = track.Config(**SMALL[track.TRACK] | {"data_dir": str(data_dir)} | changes)
     shard = track.load_shard("train", config)
     return shard, track.Plan(config, len(shard.sequences(config.sequence_len + 1)))
 
 
 def test_steps_of_the_record(track):
-    """At full size: 48,800 sequences per epoch, 2,097 steps; epochs end where their micro-steps are done."""
+    """At full size: sequences per epoch, steps, and where epochs end, which is when their micro-steps are done."""
     plan = track.Plan(track.Config(), 48804)
-    assert plan.epoch_micro_steps * 32 == 48800 and plan.num_steps == 2097
-    assert [plan.epochs_done(s) for s in (0, 190, 191, 381, 382, 2096, 2097)] == [0, 0, 1, 1, 2, 10, 11]
-    on = [step for step in range(plan.num_steps) if track.stage(plan, step)["replay"]]
-    assert on == list(range(1144, 2097))  # 6 x 1,525 micro-steps are done after 1,143.75 steps
+    late = [step for step in range(plan.num_steps) if track.stage(plan, step) == STAGES[track.TRACK][1]]
+    group = 8 * plan.config.micro_batch
+    if track.TRACK == "limited":
+        assert plan.epoch_micro_steps * group == 48800 and plan.num_steps == 2097
+        assert [plan.epochs_done(s) for s in (0, 190, 191, 381, 382, 2096, 2097)] == [0, 0, 1, 1, 2, 10, 11]
+        assert late == list(range(1144, 2097))  # 6 x 1,525 micro-steps are done after 1,143.75 steps
+    else:
+        assert plan.epoch_micro_steps * group == 48640 and plan.num_steps == 2850
+        assert [plan.epochs_done(s) for s in (0, 189, 190, 379, 380, 2849, 2850)] == [0, 0, 1, 1, 2, 14, 15]
+        assert late == list(range(1995, 2850))  # 70% of the steps are done
 
 
 @pytest.mark.parametrize("epochs", range(1, 8))
 @pytest.mark.parametrize("num_sequences", [64, 70, 87, 100, 129])
 def test_every_epoch_ends_once(track, epochs, num_sequences):
-    config = dataclasses.replace(track.Config(**SMALL), num_epochs=epochs, readout_epochs=1)
+    config = dataclasses.replace(track.Config(**SMALL[track.TRACK]), num_epochs=epochs, readout_epochs=1)
     plan = track.Plan(config, num_sequences)
     done = [plan.epochs_done(step) for step in range(plan.num_steps + 1)]
     assert done[0] == 0 and done[-1] == epochs
@@ -100,7 +106,7 @@ def resave(path: Path, **changes) -> None:
 
 def test_bad_data_is_refused_with_what_to_do(track, data_dir, tmp_path):
     folder = tmp_path / "data"
-    config = track.Config(**SMALL | {"data_dir": str(folder)})
+    config = track.Config(**SMALL[track.TRACK] | {"data_dir": str(folder)})
     train_path, val_path = folder / "fineweb_train.pt", folder / "fineweb_val.pt"
 
     def fresh() -> None:

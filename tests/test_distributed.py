@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, launch, read_metrics, run_to_end
+from conftest import NOISE, flags, launch, read_metrics, run_to_end, script_of
 
 
 def losses(folder: Path) -> tuple[list[float], list[float], dict]:
@@ -17,8 +17,8 @@ def losses(folder: Path) -> tuple[list[float], list[float], dict]:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_agree(track, small, processes):
     """Whole runs in float64, with every technique on: the same losses to 1e-9, though rounding differs."""
-    values = {"dtype": "float64", "dropout": 0.1, "stochastic_depth": 0.1, "eval_batch": 3}
-    script, runs = Path(track.__file__).name, Path(small["runs_dir"])
+    values = {"dtype": "float64", "eval_batch": 3} | NOISE[track.TRACK]
+    script, runs = script_of(track), Path(small["runs_dir"])
     assert track.main(flags(**small | values | {"run_name": "one"})) == 0
     output = run_to_end(script, flags(**small | values | {"run_name": "several"}), processes)
     assert f"{processes} x CPU" in output
@@ -34,7 +34,7 @@ def test_processes_agree(track, small, processes):
 
 def test_processes_agree_in_float32(track, small):
     """The first steps to 1e-4, no dropout, the meta-gradient on; later ones differ by chaos, not by mathematics."""
-    script, runs = Path(track.__file__).name, Path(small["runs_dir"])
+    script, runs = script_of(track), Path(small["runs_dir"])
     assert track.main(flags(**small | {"run_name": "one", "lr_multiplier": 0.25})) == 0
     run_to_end(script, flags(**small | {"run_name": "two", "lr_multiplier": 0.25}), 2)
     (train, val, _), (train_two, val_two, _) = losses(runs / "one"), losses(runs / "two")
@@ -64,14 +64,14 @@ def test_more_processes_than_gpus(track, monkeypatch):
 
 def test_an_error_of_the_main_process_ends_all(track, small):
     """Bad data under torchrun: one message, and no process waits for another until a timeout."""
-    process = launch(Path(track.__file__).name, flags(**small | {"data_dir": "nowhere"}), processes=2)
+    process = launch(script_of(track), flags(**small | {"data_dir": "nowhere"}), processes=2)
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert output.count("error: nowhere/fineweb_train.pt not found") == 1
 
 
 def test_a_plan_that_does_not_fit_is_refused_once(track, small):
-    process = launch(Path(track.__file__).name, flags(**small | {"batch_tokens": 8192}), processes=2)
+    process = launch(script_of(track), flags(**small | {"batch_tokens": 8192}), processes=2)
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert output.count("use more data, or lower --batch-tokens") == 1

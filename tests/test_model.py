@@ -1,55 +1,69 @@
-"""The model: causality, windows, compute weights, dropout, stochastic depth, compilation, counts."""
+"""The model: causality, windows, compute weights, dropout, stochastic depth, recurrence, compilation, counts."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
-from conftest import SMALL, flags
+from conftest import FOUR_LAYERS, NOISE, SMALL, STAGES, V, flags
 
-import model as model_module
-from model import GPT, ComputeWeights, GPTConfig, attend, draw_dropped, dropout, flops_per_token
+import model as root
+import tiny.train as tiny
 
-FIELDS = {field.name for field in dataclasses.fields(GPTConfig)}
-SIZES = {name: value for name, value in SMALL.items() if name in FIELDS}
-CONFIG = GPTConfig(**SIZES | {"n_layer": 4, "replay_start": 2, "replay_end": 3})
+BOTH = pytest.mark.parametrize("late", [False, True])  # before and after the switch of STAGES
+T = 32
+
+
+def small_config(track, **changes):
+    return track.Config(**SMALL[track.TRACK] | FOUR_LAYERS[track.TRACK] | changes)
+
+
+def far_from_start(model) -> None:
+    """Away from the zeros and identities of the initial weights."""
+    torch.manual_seed(0)
+    model.init_weights()
+    for p in model.parameters():
+        p.data.add_(0.2 * torch.randn_like(p))
+        p.grad = torch.zeros_like(p)
 
 
 @pytest.fixture
-def small_model() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(CONFIG).double()
-    model.init_weights()
-    for p in model.parameters():  # away from the zeros and identities of the start
-        p.data.add_(0.2 * torch.randn_like(p))
+def small_model(track):
+    model = track.GPT(small_config(track)).double()
+    far_from_start(model)
     return model.eval()
 
 
 def random_tokens(batch: int = 2) -> torch.Tensor:
-    return torch.randint(CONFIG.vocab_size, (batch, CONFIG.sequence_len), generator=torch.Generator().manual_seed(1))
+    return torch.randint(V, (batch, T), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("replay", [False, True])
-def test_no_position_sees_the_future_or_another_sequence(small_model, replay):
-    tokens, position = random_tokens(), 17
+@BOTH
+def test_no_position_sees_the_future_or_another_sequence(track, small_model, late):
+    tokens, position, how = random_tokens(), 17, STAGES[track.TRACK][late]
     changed = tokens.clone()
-    changed[0, position:] = (changed[0, position:] + 1) % CONFIG.vocab_size
-    before, after = (small_model.log_probs(t, replay=replay) for t in (tokens, changed))
+    changed[0, position:] = (changed[0, position:] + 1) % V
+    before, after = (small_model.log_probs(t, **how) for t in (tokens, changed))
     assert torch.equal(before[0, :position], after[0, :position])
     assert torch.equal(before[1], after[1])
     assert not torch.allclose(before[0, position], after[0, position])
 
 
-def test_log_probs_and_token_losses_agree(small_model):
-    tokens = random_tokens()
-    log_probs = small_model.log_probs(tokens[:, :-1], replay=True)
-    assert log_probs.shape == (2, CONFIG.sequence_len - 1, CONFIG.vocab_size)
-    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, CONFIG.sequence_len - 1).double())
-    losses = small_model.token_losses(tokens[:, :-1], tokens[:, 1:], replay=True)
-    torch.testing.assert_close(losses, -log_probs.gather(-1, tokens[:, 1:, None])[..., 0])
+@BOTH
+def test_log_probs_token_losses_and_training_loss_agree(track, small_model, late):
+    tokens, how = random_tokens(), STAGES[track.TRACK][late]
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    log_probs = small_model.log_probs(inputs, **how)
+    assert log_probs.shape == (2, T - 1, V)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, T - 1).double())
+    losses = small_model.token_losses(inputs, targets, **how)
+    torch.testing.assert_close(losses, -log_probs.gather(-1, targets[..., None])[..., 0])
+    _, first = small_model.training_loss(inputs, targets, **how)
+    torch.testing.assert_close(first.detach(), losses.mean())
 
 
 @pytest.mark.parametrize("window", [1, 4, 11, 16])
-def test_attention_window(window):
+def test_attention_window(model, window):
     """Position t sees t - window ... t, against attention written out."""
     q, k, v = torch.randn(3, 2, 12, 2, 8, dtype=torch.float64)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
@@ -57,46 +71,52 @@ def test_attention_window(window):
     distance = position[:, None] - position[None]
     scores = scores.masked_fill((distance < 0) | (distance > window), -torch.inf)
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
-    torch.testing.assert_close(attend(q, k, v, window, "sdpa"), expected)
+    torch.testing.assert_close(model.attend(q, k, v, window, "sdpa"), expected)
 
 
-def test_attention_error_finds_a_wrong_backend(monkeypatch):
+def test_attention_error_finds_a_wrong_backend(track, model, monkeypatch):
     """By this the warm-up checks a GPU's attention: small for the right one, large for a window that is off by one."""
-    config = dataclasses.replace(CONFIG, sequence_len=64)
-    assert model_module.attention_error(config, torch.device("cpu"), "sdpa") < 0.02
-    attend_right = model_module.attend
+    config = small_config(track, sequence_len=64, batch_tokens=1024)
+    assert model.attention_error(config, torch.device("cpu"), "sdpa") < 0.02
+    attend_right = model.attend
 
     def attend_wrong(q, k, v, window, backend):
         return attend_right(q, k, v, window - (backend == "wrong"), "sdpa")
 
-    monkeypatch.setattr(model_module, "attend", attend_wrong)
-    assert model_module.attention_error(config, torch.device("cpu"), "wrong") > 0.1
+    monkeypatch.setattr(model, "attend", attend_wrong)
+    assert model.attention_error(config, torch.device("cpu"), "wrong") > 0.1
 
 
-def test_windows_and_layer_order_of_the_record():
-    config = GPTConfig()
-    assert [config.window(i) for i in (0, 1, 2, 3, 28, 29)] == [1024, 1024, 1024, 2048, 1024, 2048]
+def test_windows_of_the_record(track):
+    config = track.Config()
+    last, found = config.n_layer - 1, [config.window(i) for i in range(config.n_layer)]
+    assert found[:4] == [1024, 1024, 1024, 2048] and found[last - 1 :] == [1024, 2048]
+    assert [i for i in range(last) if found[i] == 2048] == list(range(3, last, 4))
+    assert config.padded_vocab == 50304 and config.hidden == {"limited": 4864, "tiny": 2816}[track.TRACK]
+
+
+def test_layer_order_of_the_record():
+    config = root.GPTConfig()
     assert config.layer_order(False) == list(range(30))
     replayed = [15, 16, 17, 18, 19, 20]
     assert config.layer_order(True) == [*range(15), *replayed, *replayed, *replayed, *range(21, 30)]
-    assert config.padded_vocab == 50304 and config.hidden == 4864
 
 
-def test_compute_weights_equal_autograd(small_model):
+def test_compute_weights_equal_autograd(track, small_model):
     """Sums of several backward passes, pulled back once, are the gradients of the differentiable path."""
-    tokens = random_tokens(4)
-    weights = ComputeWeights(small_model, torch.float64)
+    tokens, late = random_tokens(4), STAGES[track.TRACK][1]
+    weights = track.ComputeWeights(small_model, torch.float64)
     weights.refresh()
     expected = {name: torch.zeros_like(p) for name, p in small_model.named_parameters()}
     for rows in tokens.split(2):
         small_model.zero_grad()
-        small_model.training_loss(rows[:, :-1], rows[:, 1:], replay=True)[0].backward()
+        small_model.training_loss(rows[:, :-1], rows[:, 1:], **late)[0].backward()
         for name, p in small_model.named_parameters():
             expected[name] += p.grad
     for p in small_model.parameters():
         p.grad = torch.zeros_like(p)
     for rows in tokens.split(2):
-        small_model.training_loss(rows[:, :-1], rows[:, 1:], weights.tensors, replay=True)[0].backward()
+        small_model.training_loss(rows[:, :-1], rows[:, 1:], weights.tensors, **late)[0].backward()
     weights.pull_back()
     for name, p in small_model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], msg=name)
@@ -105,42 +125,43 @@ def test_compute_weights_equal_autograd(small_model):
         torch.testing.assert_close(p.grad, expected[name], msg=name)
 
 
-def test_bfloat16_gradients_are_summed_in_float32():
-    torch.manual_seed(0)
-    model = GPT(CONFIG)
-    model.init_weights()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    weights = ComputeWeights(model, torch.bfloat16)
-    weights.refresh()
-    tokens, leaf = random_tokens(), weights.tensors["h.0"]["qkv"]
-    assert leaf.dtype == torch.bfloat16 and weights.tensors["io"]["x0_lambdas"].dtype == torch.float32
-    for _ in range(3):
-        model.training_loss(tokens[:, :-1], tokens[:, 1:], weights.tensors)[0].backward()
-    once = ComputeWeights(model, torch.bfloat16)
-    once.refresh()
-    model.training_loss(tokens[:, :-1], tokens[:, 1:], once.tensors)[0].backward()
-    single = once.sums[once.tensors["h.0"]["qkv"]]
-    assert single.dtype == torch.float32
-    assert torch.equal(weights.sums[leaf], single + single + single)
+def test_bfloat16_gradients_are_summed_in_float32(track):
+    model = track.GPT(small_config(track))
+    far_from_start(model)
+    tokens = random_tokens()
+
+    def summed(passes: int) -> torch.Tensor:
+        weights = track.ComputeWeights(model, torch.bfloat16)
+        weights.refresh()
+        for _ in range(passes):
+            model.training_loss(tokens[:, :-1], tokens[:, 1:], weights.tensors)[0].backward()
+        for unit, name in (("h.0", "qkv"), ("io", "lm_head")):
+            assert weights.tensors[unit][name].dtype == torch.bfloat16
+        for name in ("resid_lambdas", "x0_lambdas", "skip_weights", "xsa_alphas"):
+            assert weights.tensors["io"].get(name, model.x0_lambdas).dtype == torch.float32
+        return weights.sums[weights.tensors["h.0"]["qkv"]]
+
+    single = summed(1)
+    assert single.dtype == torch.float32 and single.any()
+    assert torch.equal(summed(3), single + single + single)
 
 
-def test_dropout():
+def test_dropout(model):
     x = torch.ones(400, 500, requires_grad=True)
     torch.manual_seed(0)
-    y = dropout(x, 0.2)
+    y = model.dropout(x, 0.2)
     y.sum().backward()
     kept = y != 0
     assert abs(kept.float().mean().item() - 0.8) < 0.005
     assert torch.equal(y[kept], torch.full_like(y[kept], 1 / 0.8))
     assert torch.equal(x.grad, y.detach())
-    assert dropout(x, 0.0) is x
+    assert model.dropout(x, 0.0) is x
     torch.manual_seed(0)
-    assert torch.equal(torch.compile(dropout, backend="eager", fullgraph=True)(x, 0.2), y)
+    assert torch.equal(torch.compile(model.dropout, backend="eager", fullgraph=True)(x, 0.2), y)
 
 
-def test_dropout_is_off_in_validation(small_model):
-    noisy = GPT(dataclasses.replace(CONFIG, dropout=0.5)).double()
+def test_dropout_is_off_in_validation(track, small_model):
+    noisy = track.GPT(small_config(track, dropout=0.5)).double()
     noisy.load_state_dict(small_model.state_dict())
     tokens = random_tokens()
     losses = noisy.eval().token_losses(tokens[:, :-1], tokens[:, 1:])
@@ -148,66 +169,150 @@ def test_dropout_is_off_in_validation(small_model):
     assert not torch.equal(losses, noisy.train().token_losses(tokens[:, :-1], tokens[:, 1:]))
 
 
+LIMITED = root.GPTConfig(**{k: v for k, v in SMALL["limited"].items() if k in root.GPTConfig.__dataclass_fields__})
+LIMITED = dataclasses.replace(LIMITED, **FOUR_LAYERS["limited"])
+
+
 def test_stochastic_depth_draws():
-    config = dataclasses.replace(CONFIG, stochastic_depth=0.3)
-    draws = [draw_dropped(config, True, 42, step, 0) for step in range(4000)]
-    assert draws[7] == draw_dropped(config, True, 42, 7, 0) != draw_dropped(config, True, 42, 8, 0)
+    config = dataclasses.replace(LIMITED, stochastic_depth=0.3)
+    draws = [root.draw_dropped(config, True, 42, step, 0) for step in range(4000)]
+    assert draws[7] == root.draw_dropped(config, True, 42, 7, 0) != root.draw_dropped(config, True, 42, 8, 0)
     layers = [*config.layer_order(True), config.n_layer]
     for call, layer in enumerate(layers):
         share = sum(draw[call] for draw in draws) / len(draws)
         assert abs(share - 0.3 * layer / (config.n_layer - 1)) < 0.03, (call, layer)
-    assert draw_dropped(CONFIG, True, 42, 0, 0) is None
+    assert root.draw_dropped(LIMITED, True, 42, 0, 0) is None
 
 
-def test_a_dropped_layer_passes_on_its_mixture(small_model):
+def test_a_dropped_layer_passes_on_its_mixture():
     """Dropping all layers leaves the lambdas' and skips' mixtures of the normed embedding, and the head."""
-    tokens, w = random_tokens(), small_model.weights()
-    x = x0 = model_module.norm(w["io"]["wte"][tokens])
+    model = root.GPT(LIMITED).double()
+    far_from_start(model)
+    tokens, w = random_tokens(), model.weights()
+    x = x0 = root.norm(w["io"]["wte"][tokens])
     encoded = []
-    for i in range(CONFIG.n_layer):
-        if i >= CONFIG.n_layer // 2:
-            x = x + small_model.skip_weights[i - CONFIG.n_layer // 2] * encoded[CONFIG.n_layer - 1 - i]
-        x = small_model.resid_lambdas[i] * x + small_model.x0_lambdas[i] * x0
+    for i in range(4):
+        if i >= 2:
+            x = x + model.skip_weights[i - 2] * encoded[3 - i]
+        x = model.resid_lambdas[i] * x + model.x0_lambdas[i] * x0
         encoded.append(x)
-    found = small_model.trunk(w, tokens, False, [True] * (CONFIG.n_layer + 1))
-    torch.testing.assert_close(found, model_module.norm(x))
+    found = model.trunk(w, tokens, False, [True] * 5)
+    torch.testing.assert_close(found, root.norm(x))
 
 
-def test_counts_of_the_record():
-    config = GPTConfig()
+def test_half_truncated_rotary():
+    """The first quarter of a head's dimensions rotates with the third, by angles of a rotary of half the width."""
+    cos, sin = tiny.rotary_tables(50, 16, torch.device("cpu"), torch.float64)
+    x = torch.randn(1, 50, 1, 16, dtype=torch.float64)
+    y = tiny.rotate(x, (cos, sin))
+    assert torch.equal(y[..., 4:8], x[..., 4:8]) and torch.equal(y[..., 12:], x[..., 12:])
+    for t in (0, 1, 49):
+        for i in range(4):
+            angle = t * 10000 ** (-2 * i / 8)
+            a, b = x[0, t, 0, i].item(), x[0, t, 0, 8 + i].item()
+            a_found, b_found = y[0, t, 0, i].item(), y[0, t, 0, 8 + i].item()
+            assert a_found == pytest.approx(a * math.cos(angle) + b * math.sin(angle), abs=1e-12)
+            assert b_found == pytest.approx(b * math.cos(angle) - a * math.sin(angle), abs=1e-12)
+
+
+def test_keys_are_offset_in_half_of_their_dimensions():
+    k = torch.randn(2, 5, 3, 8)
+    found = tiny.offset_keys(k)
+    assert torch.equal(found[..., :4], k[..., :4]) and torch.equal(found[:, 0], k[:, 0])
+    for t in range(1, 5):
+        assert torch.equal(found[:, t, :, 4:], k[:, t - 1, :, 4:])
+
+
+def test_exclusive_attention():
+    """Strength 0 changes nothing, the largest leaves nothing along the own value; values of zero are no trouble."""
+    y, v = torch.randn(2, 2, 5, 3, 8, dtype=torch.float64)
+    assert torch.equal(tiny.exclude_own_value(y, v, torch.zeros(3)), y)
+    left = tiny.exclude_own_value(y, v, torch.tensor([50.0, 0.0, 50.0]))
+    assert (left * v).sum(-1)[..., [0, 2]].abs().max() < 1e-12
+    assert torch.equal(left[..., 1, :], y[..., 1, :])
+    assert torch.equal(tiny.exclude_own_value(y, torch.zeros_like(v), torch.ones(3)), y)
+    assert tiny.exclude_own_value(y.bfloat16(), v.bfloat16(), torch.ones(3)).dtype == torch.bfloat16
+
+
+def test_only_the_last_pass_is_differentiated():
+    """Two passes equal one that starts from the first's result as if it were given, with dropout in both."""
+    model = tiny.GPT(small_config(tiny, dropout=0.3)).double()
+    far_from_start(model)
+    w, tokens = model.weights(), random_tokens()
+    x0 = tiny.norm(torch.nn.functional.embedding(tokens, w["io"]["wte"]))
+    ve = {i: torch.nn.functional.linear(x0, w["io"][f"ve_proj.{i}"]) for i in (1, 3)}
+    torch.manual_seed(3)
+    first = model.stack(w, x0, x0, ve, model.rotary(T)).detach()
+    expected = model.stack(w, first, x0, ve, model.rotary(T))
+    torch.manual_seed(3)
+    found = model.trunk(w, tokens, 2)
+    assert torch.equal(found, expected)
+    direction = torch.randn_like(found)
+    for name, p in model.named_parameters():
+        if not name.startswith("lm_head"):
+            ours, theirs = (
+                torch.autograd.grad((x * direction).sum(), p, retain_graph=True)[0] for x in (found, expected)
+            )
+            assert torch.equal(ours, theirs), name
+    torch.manual_seed(4)  # the first pass draws numbers too
+    assert not torch.allclose(model.stack(w, x0, x0, ve, model.rotary(T)), first)
+
+
+def test_counts_of_the_record(track):
+    """Parameters, matrices by optimizer, and operations: on limited 497 TFLOP of matrix products for 65,536 tokens."""
+    config = track.Config()
     with torch.device("meta"):
-        parameters = dict(GPT(config).named_parameters())
-    matrices = [name for name in parameters if "_mix" not in name and "lambdas" not in name and "skip" not in name]
-    assert len(matrices) - 2 == 279  # those of Muon: all but the two tables
-    assert sum(p.numel() for p in parameters.values()) == 1_443_722_775
-    # the specification's count: 497 TFLOP of matrix products and two heads of 50,304 x 1,792 for 65,536 tokens
-    heads = 6 * 2 * 50304 * 1792
-    attention = 12 * 1792 * (22 * (1024 - 1024**2 / 4096) + 9 * 1024)
-    assert (flops_per_token(config, False) - heads - attention) * 65536 == pytest.approx(497e12, rel=2e-3)
-    assert flops_per_token(config, True) > 1.3 * flops_per_token(config, False)
-    total, static, needed = memory_gib(config, 8, 4, torch.bfloat16, True, True)
+        parameters = dict(track.GPT(config).named_parameters())
+    groups = track.optimizer_groups(config, list(parameters))
+    matrices = [name for group in groups if group["kind"] == "muon" for name in group["params"]]
+    moved = [name for group in groups if group["moved"] for name in group["params"]]
+    before, after = (track.flops_per_token(config, **how) for how in STAGES[track.TRACK])
+    if track.TRACK == "limited":
+        assert (len(matrices), len(moved)) == (279, 279)
+        assert sum(p.numel() for p in parameters.values()) == 1_443_722_775
+        heads, attention = 6 * 2 * 50304 * 1792, 12 * 1792 * (22 * (1024 - 1024**2 / 4096) + 9 * 1024)
+        assert (before - heads - attention) * 65536 == pytest.approx(497e12, rel=2e-3)
+        assert after > 1.3 * before
+    else:
+        assert (len(matrices), len(moved)) == (48 + 4 * 16 + 8 + 8, 48)
+        assert sum(p.numel() for p in parameters.values()) == pytest.approx(300e6, rel=0.1)
+        stack = 16 * (4 * 1024**2 + 3 * 1024 * 2816)
+        attention = 4 * 1024 * (12 * (1024 - 1024**2 / 4096) + 4 * 1024)
+        assert before == 3 * (2 * stack + attention) + 6 * (8 * 1024**2 + 50304 * 1024)
+        assert after - before == 2 * stack + attention  # a pass more, forward only
+    total, static, needed = track.memory_gib(config, 8, torch.bfloat16)
     assert total == sum(p.numel() for p in parameters.values()) and static < needed < 80
 
 
-def test_initialisation():
+def test_initialisation(track):
     torch.manual_seed(0)
-    model = GPT(dataclasses.replace(CONFIG, n_embd=256, n_head=4))
+    model, C = track.GPT(small_config(track, n_embd=256, n_head=4)), 256
     for p in model.parameters():
         p.data.fill_(torch.nan)
     model.init_weights()
-    parameters, C = dict(model.named_parameters()), 256
+    parameters = dict(model.named_parameters())
     assert all(p.isfinite().all() for p in parameters.values())
-    deviations = {"transformer.wte.weight": 1.0, "lm_head.weight": 0.001, "transformer.h.0.attn.c_proj.weight": C**-0.5}
-    deviations |= {"transformer.h.1.mlp.c_proj.weight": C**-0.5, "transformer.h.0.attn.c_q.weight": C**-0.5}
-    deviations |= {"mtp_proj.weight": C**-0.5, "ve_projs.1.weight": C**-0.5, "mtp_block.mlp.c_gate.weight": C**-0.5}
+    deviations = {"transformer.wte.weight": 1.0, "lm_head.weight": 0.001, "transformer.h.0.attn.c_q.weight": C**-0.5}
+    deviations |= {"ve_projs.1.weight": C**-0.5, "transformer.h.3.mlp.c_gate.weight": C**-0.5}
+    constants = {
+        "resid_lambdas": 1.0,
+        "skip_weights": 1.0,
+        "x0_lambdas": 0.1,
+        "transformer.h.1.attn.ve_gate.weight": 0.0,
+    }
+    constants |= {"transformer.h.2.attn.attn_gate.weight": 0.0}
+    projections = ("transformer.h.0.attn.c_proj.weight", "transformer.h.1.mlp.c_proj.weight")
+    if track.TRACK == "limited":
+        deviations |= dict.fromkeys([*projections, "mtp_proj.weight", "mtp_block.mlp.c_gate.weight"], C**-0.5)
+        constants["mtp_block.attn.attn_gate.weight"] = 0.0
+        assert torch.equal(parameters["transformer.h.2.attn.v_mix"], torch.eye(4))
+    else:
+        constants |= {"resid_lambdas": 1.1, "xsa_alphas": 0.0} | dict.fromkeys(projections, 0.0)
     for name, deviation in deviations.items():
         assert parameters[name].std().item() == pytest.approx(deviation, rel=0.03), name
+    for name, value in constants.items():
+        assert parameters[name].unique().tolist() == [pytest.approx(value)], name
     assert parameters["transformer.h.0.attn.c_q.weight"].abs().max() <= (3 / C) ** 0.5
-    assert torch.equal(parameters["transformer.h.2.attn.v_mix"], torch.eye(4))
-    for name in ("transformer.h.1.attn.ve_gate.weight", "mtp_block.attn.attn_gate.weight"):
-        assert not parameters[name].any()
-    assert set(parameters["resid_lambdas"].tolist()) == set(parameters["skip_weights"].tolist()) == {1.0}
-    assert parameters["x0_lambdas"].unique().item() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("meta_gradient", [True, False])
@@ -218,8 +323,7 @@ def test_nothing_compiles_after_the_warm_up(track, small, monkeypatch, meta_grad
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
     torch._dynamo.reset()
-    values = {"compile": "on", "dropout": 0.1, "stochastic_depth": 0.3, "meta_gradient": meta_gradient}
-    values |= {"n_layer": 4, "replay_start": 2, "replay_end": 3}
+    values = {"compile": "on", "meta_gradient": meta_gradient} | NOISE[track.TRACK] | FOUR_LAYERS[track.TRACK]
     trainer, _ = track.set_up(flags(**small | values))
     trainer.warm_up()
     made = counters["stats"]["unique_graphs"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, flags, read_metrics
+from conftest import NOISE, ROOT, STAGES, TRACKS, flags, read_metrics
 
 
 class FakeTime:
@@ -21,6 +21,9 @@ class FakeTime:
     def __call__(self) -> float:
         self.time_s += self.step_s
         return self.time_s
+
+
+LATE = {"limited": {"replay_from_epoch": 1}, "tiny": {"passes_from": 0.0}}  # the late stage from the start
 
 
 @pytest.fixture
@@ -56,25 +59,31 @@ def test_run_folder(track, small, folder, capsys):
     assert {line["run"] for line in steps + validations} == {saved["run_id"]}
     assert [line["tokens"] for line in steps] == [1024 * i for i in range(1, 12)]
     assert [line["epoch"] for line in steps] == [1] * 6 + [2] * 5
-    assert [line["replay"] for line in steps] == [False] * 6 + [True] * 5
+    (switch, before), (_, after) = (*STAGES[track.TRACK][0].items(), *STAGES[track.TRACK][1].items())
+    assert [line[switch] for line in steps] == [before] * 6 + [after] * 5
     assert sum(line["dt_s"] for line in steps) == pytest.approx(result["train_time_s"])
     assert result["train_time_s"] <= result["wall_time_s"]
     assert [(line["step"], line["epoch"]) for line in validations] == [(6, 1), (11, 2)]
 
     assert result["status"] == "finished" and result["stopped_by"] == "steps"
     assert (result["steps"], result["tokens"], result["epochs"]) == (11, 11264, 2)
-    assert result["val_tokens"] == 51 * 32 and result["val_loss"] == result["readouts"]["probability_average"]
+    assert result["val_tokens"] == 51 * 32 and result["val_loss"] == result["readouts"][f"{track.MIXING}_average"]
     assert result["best_val_loss"] == min(result["readouts"].values())
     assert [line["val_loss"] for line in validations] == [result["readouts"][f"epoch_{i}"] for i in (1, 2)]
-    assert result["readouts"].keys() > {"probability_average_equal_weights", "weight_average"}
+    others = {"limited": {"weight_average"}, "tiny": {"exponential_moving_average"}}[track.TRACK]
+    assert result["readouts"].keys() > {f"{track.MIXING}_average_equal_weights"} | others
     assert result["holdout_loss"] is not None and result["holdout_loss"] != result["val_loss"]
     assert result["eligible"] is False and "the data are not the official files" in result["not_eligible_because"]
     assert result["data_efficiency"] is None and result["torch"] == torch.__version__
 
 
 def test_the_model_learns(track, small, folder):
-    """From ln 97 nats towards the 1.39 of the small data, with every technique on."""
-    values = {"eval_initial": True, "dropout": 0.05, "stochastic_depth": 0.05, "num_epochs": 5, "lr_multiplier": 2.0}
+    """From ln 97 nats towards the 1.39 of the small data, with every technique on (on tiny, all blocks start at 0)."""
+    values = {
+        "eval_initial": True,
+        "num_epochs": {"limited": 5, "tiny": 12}[track.TRACK],
+        "lr_multiplier": 2.0,
+    } | dict.fromkeys(NOISE[track.TRACK], 0.05)
     assert track.main(flags(**small | values)) == 0
     _, validations = read_metrics(folder)
     assert validations[0]["step"] == 0 and validations[0]["val_loss"] == pytest.approx(4.575, abs=0.01)
@@ -122,7 +131,7 @@ def test_the_cap_stops_before_the_step_that_would_pass_it(track, small, folder, 
 
 
 def test_a_cap_before_the_first_member_still_gives_a_readout(track, small, folder):
-    trainer, _ = track.set_up(flags(**small | {"time_cap_min": 3.5 / 60, "readout_epochs": 1}))
+    trainer, _ = track.set_up(flags(**small | {"time_cap_min": 3.5 / 60, "readout_epochs": 1} | LATE[track.TRACK]))
     trainer.clock = track.Clock(FakeTime())
     trainer.fit()
     trainer.finish()
@@ -131,7 +140,7 @@ def test_a_cap_before_the_first_member_still_gives_a_readout(track, small, folde
 
 
 def test_a_cap_at_the_end_of_an_epoch_gives_a_readout(track, small, folder):
-    trainer, _ = track.set_up(flags(**small | {"time_cap_min": 6.5 / 60, "readout_epochs": 1}))
+    trainer, _ = track.set_up(flags(**small | {"time_cap_min": 6.5 / 60, "readout_epochs": 1} | LATE[track.TRACK]))
     trainer.clock = track.Clock(FakeTime())
     trainer.fit()
     assert (trainer.step, trainer.stopped_by) == (6, "time_cap")
@@ -146,7 +155,10 @@ def test_without_a_cap_all_steps_run(track, small, folder):
     trainer.fit()
     assert trainer.stopped_by == "steps" and trainer.step == 11
     trainer.finish()
-    assert "the cap of 60 min is lifted" in json.loads((folder / "result.json").read_text())["not_eligible_because"]
+    assert (
+        f"the cap of {track.Config().time_cap_min:g} min is lifted"
+        in json.loads((folder / "result.json").read_text())["not_eligible_because"]
+    )
 
 
 def test_clock_counts_steps_alone(track, small, monkeypatch):
@@ -330,7 +342,7 @@ def test_eligibility(track):
     config, official = track.Config(), dict(track.OFFICIAL_SHA256)
     targets = config.val_sequences * config.sequence_len
     good = {"data_sha256": official | {"holdout": "x"}, "holdout_loss": 3.2, "val_tokens": targets, "val_loss": 3.183}
-    good |= {"train_time_s": 3590.0, "world_size": 8, "device": "NVIDIA H100 80GB HBM3"}
+    good |= {"train_time_s": 60 * config.time_cap_min - 1, "world_size": 8, "device": "NVIDIA H100 80GB HBM3"}
     assert track.ineligible(config, good) == []
     wrong = [
         ({"data_sha256": official | {"val": "other"}}, "the data are not the official files"),
@@ -344,7 +356,7 @@ def test_eligibility(track):
         reasons = track.ineligible(config, good | change)
         assert len(reasons) == 1 and reason in reasons[0]
     assert "is lifted" in track.ineligible(track.Config(time_cap_min=0), good)[0]
-    assert "is lifted" in track.ineligible(track.Config(time_cap_min=61), good)[0]
+    assert "is lifted" in track.ineligible(track.Config(time_cap_min=config.time_cap_min + 1), good)[0]
 
 
 def test_wandb(track, small, folder, monkeypatch, capsys):
@@ -373,8 +385,7 @@ BAD_FLAGS = [
     ({"batch_tokens": 1000}, "batch_tokens 1000 is not a multiple of 8 virtual ranks x micro_batch 2 x sequence_len"),
     ({"n_head": 3}, "n_embd 32 / n_head 3"),
     ({"n_layer": 3}, "n_layer 3 is odd"),
-    ({"replay_start": 0}, "replay range [0, 2) is not inside the decoder, layers 1 to 1"),
-    ({"replay_end": 3}, "replay range [1, 3)"),
+    ({"n_embd": 24, "n_head": 2}, "n_embd 24 is too small"),
     ({"micro_batch": 3, "batch_tokens": 768}, "the meta-gradient cannot halve 1 micro-step(s) of 3 sequences"),
     ({"batch_tokens": 1536}, "the meta-gradient cannot halve 3 micro-step(s)"),
     ({"device_batch": 3}, "device_batch 3 does not divide micro_batch 2"),
@@ -394,7 +405,33 @@ BAD_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize("change, message", BAD_FLAGS, ids=[str(change) for change, _ in BAD_FLAGS])
+BAD_FLAGS_OF = {  # of one track
+    "limited": [
+        ({"replay_start": 0}, "replay range [0, 2) is not inside the decoder, layers 1 to 1"),
+        ({"replay_end": 3}, "replay range [1, 3)"),
+        ({"replay_from_epoch": -1}, "--replay-from-epoch is -1"),
+    ],
+    "tiny": [
+        ({"n_head": 16}, "must be a multiple of 4, change --n-embd or --n-head"),
+        ({"passes": 0}, "sizes must be positive"),
+        ({"decay_hold": 2}, "--decay-hold 2 and --decay-low 1 must be in this order"),
+        ({"decay_low": 3}, "from 0 to --num-epochs 2"),
+        ({"ema_every": 0}, "--ema-every 0 must be positive"),
+        ({"ema_decay": 1.0}, "--ema-decay 1.0 is not between 0 and 1"),
+        ({"passes_from": 1.5}, "--passes-from 1.5 is more than 1"),
+        ({"mtp_until": 0.0}, "--mtp-until 0.0 must be positive"),
+        ({"head": "fp8"}, "--head fp8 needs bfloat16, n_embd and sequence_len in multiples of 16, and a GPU"),
+    ],
+}
+ALL_BAD_FLAGS = [(name, *bad) for name in TRACKS for bad in BAD_FLAGS + BAD_FLAGS_OF[name]]
+
+
+@pytest.mark.parametrize(
+    "track, change, message",
+    ALL_BAD_FLAGS,
+    ids=[f"{name}-{change}" for name, change, _ in ALL_BAD_FLAGS],
+    indirect=["track"],
+)
 def test_bad_settings_are_refused_before_anything_is_written(track, small, folder, capsys, change, message):
     if change == {"device": "cuda"} and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -438,8 +475,9 @@ def test_full_size_without_a_gpu(track, data_dir, tmp_path, capsys):
         pytest.skip("there is a GPU")
     assert track.main(flags(runs_dir=str(tmp_path / "runs"), data_dir=str(data_dir))) == 2
     error = capsys.readouterr().err
-    assert "1,444M parameters need 32 GiB per process for weights, gradients and optimizer, about" in error
-    assert "this machine has" in error and "no GPU" in error and "make demo" in error
+    needs = {"limited": "1,444M parameters need 32 GiB", "tiny": "317M parameters need 8 GiB"}[track.TRACK]
+    assert f"{needs} per process for weights, gradients and optimizer, about" in error
+    assert "this machine has" in error and "no GPU" in error and "--demo" in error
     assert not (tmp_path / "runs").exists()
 
 
@@ -449,7 +487,8 @@ def test_every_flag_has_a_help_text(track, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for name in track.Config.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in printed
-    assert "first epoch with layer replay (0: never) [7]" in printed
+    said = {"limited": "first epoch with layer replay (0: never) [7]", "tiny": "the steps with a single pass [0.7]"}
+    assert said[track.TRACK] in printed
 
 
 def test_importing_the_script_does_nothing(track, tmp_path):

@@ -152,9 +152,7 @@ class Config(GPTConfig):
     passes_from: float = 0.7  # part of the steps with a single pass
     mtp_weight_1: float = 0.5  # weight at the start of the loss on the token after next
     mtp_weight_2: float = 0.25  # weight at the start of the loss on the token after that
-    mtp_until: float = (
-        0.66  # part of the steps over which they fall to 0: the latter in its first half, then the former
-    )
+    mtp_until: float = 0.66  # part of the steps after which both are 0; the latter is after half of it
     meta_gradient: bool = True  # take the second half of a gradient at a point moved down the first half's
     meta_step: float = 0.5  # length of that move
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA where there is a GPU
@@ -483,8 +481,10 @@ def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, alpha,
 
 # -------------------------------------------------------------------------------------------------------- head and loss
 
+# Copied from model.py: CHUNK_ON_CPU
+CHUNK_ON_CPU = 128  # and this many fit its caches
 # Copied from model.py: CHUNK
-CHUNK = 4096  # positions whose logits exist at a time in training
+CHUNK = 4096  # positions whose logits exist at a time in training: these keep a GPU busy
 FP8_SCALES = {"x": 100 / 448, "lm_head": 1.6 / 448, "grad": 0.75 / 448}  # an fp8 number times this is the value
 
 
@@ -575,8 +575,9 @@ class HeadLoss(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         losses, x_grad = torch.zeros(2, dtype=wide, device=x.device), torch.empty_like(x)
         lm_head_grad = torch.zeros_like(lm_head, dtype=wide)
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
+        size = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
             *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, targets[rows])
             losses += torch.stack(parts)
             lm_head_grad += lm_head_part
@@ -889,14 +890,16 @@ def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype
 
 
 def choose_head(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The lm_head's products in training: fp8 where the GPU has it; ValueError if it is wanted and does not run."""
-    able = has_bfloat16(device) and torch.cuda.get_device_capability(device) >= (8, 9) and dtype == torch.bfloat16
-    able = able and config.n_embd % 16 == 0 == config.sequence_len % 16
-    needs = (
-        "a GPU of compute capability 8.9 (Ada, Hopper or newer), bfloat16, n_embd and sequence_len in multiples of 16"
-    )
+    """The lm_head's products in training: fp8 where the GPU has it; ValueError if it is wanted and does not run.
+
+    On a CPU fp8 is slow, and there to be looked at: only where it is asked for.
+    """
+    cuda = device.type == "cuda"
+    fits = dtype == torch.bfloat16 and config.n_embd % 16 == 0 == config.sequence_len % 16
+    able = fits and (not cuda or torch.cuda.get_device_capability(device) >= (8, 9))
+    needs = "bfloat16, n_embd and sequence_len in multiples of 16, and a GPU of compute capability 8.9 or a CPU"
     require(able or wanted != "fp8", f"--head fp8 needs {needs}")
-    return wanted if wanted != "auto" else "fp8" if able else "plain"
+    return wanted if wanted != "auto" else "fp8" if able and cuda else "plain"
 
 
 # Adapted from train.py: choose_kernels -- the head too
