@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
 
@@ -165,6 +164,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor
     B, T, H, D = q.shape
     everything = window >= T - 1
     if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
+
         borders = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
         # contiguous, because the operator promises the compiler outputs and gradients laid out like its inputs
         q, k, v = (t.reshape(B * T, H, D).contiguous() for t in (q, k, v))

@@ -4,7 +4,8 @@
     python tests/copies.py --fix      # rewrite the copies that differ
 
 A script is self-contained, so it repeats what it shares with the root's train.py and model.py. A line above a
-definition (a function, a class, a method, or a constant) says where it is from:
+definition (a function, a class, a method, or a constant) says where it is from; one that has the name of a definition
+of the root's must have such a line:
 
     # Copied from train.py: data_efficiency                    compared text for text, with decorators
     # Copied from train.py: Trainer.settle                     a method, in a class of the script
@@ -23,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("tiny/train.py", "two_hour/train.py", "unlimited/train.py")  # those that copy, once they are there
+ORIGINALS = ("train.py", "model.py")
+OWN = {"SCRIPT_FILES", "TRACK"}  # every script has its own
 MARKER = re.compile(r"^ *# (Copied|Adapted) from (\S+): (\S+)(?: -- (.+))?$")
 SECTIONS = ["Config", "Distributed", "Model", "Optimizer", "Schedules", "Data", "Validation", "Run", "Train"]
 
@@ -138,6 +141,10 @@ def problems(root: Path = ROOT, scripts: tuple[str, ...] = SCRIPTS) -> list[str]
         for part, names in SHARED.items():  # a method may be copied with its class
             missing = [name for name in names if not {name, name.split(".")[0]} & copied]
             wrong += [f"{script}: {name} ({part}) must be a marked copy of the root's" for name in missing]
+        originals = {name for source in ORIGINALS for name in definitions((root / source).read_text())} - OWN
+        marked_names = {copy.name for copy in copies}
+        unmarked = [n for n in definitions(script.read_text()) if "." not in n and n in originals - marked_names]
+        wrong += [f"{script}: {name} is in the root's files too: say Copied or Adapted above it" for name in unmarked]
         titles = re.findall(r"^# =+\n# (\w+)", script.read_text(), re.MULTILINE)
         if titles != SECTIONS:
             wrong.append(f"{script}: its sections are {titles}, not {SECTIONS}")

@@ -58,6 +58,12 @@ def test_right_copies_are_accepted(root):
     assert kinds.count("Adapted") == 1 and len(kinds) == sum(map(len, SHARED.values())) + 2
 
 
+def test_a_definition_of_the_root_without_a_marker_is_found(root):
+    """One that need not be there at all."""
+    change(root / "tiny/train.py", "# Adapted from model.py: norm -- another norm\n", "")
+    assert problems(root) == [f"{root}/tiny/train.py: norm is in the root's files too: say Copied or Adapted above it"]
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
@@ -85,7 +91,10 @@ def test_a_change_of_the_original_reaches_the_copy(root):
 
 def test_a_removed_marker_is_found(root):
     change(root / "tiny/train.py", "# Copied from train.py: Clock\n", "")
-    assert problems(root) == [f"{root}/tiny/train.py: Clock (clock) must be a marked copy of the root's"]
+    assert problems(root) == [
+        f"{root}/tiny/train.py: Clock (clock) must be a marked copy of the root's",
+        f"{root}/tiny/train.py: Clock is in the root's files too: say Copied or Adapted above it",
+    ]
     change(root / "tiny/train.py", "# Copied from train.py: EvalSet\n", "# Adapted from train.py: EvalSet -- faster\n")
     assert any("EvalSet (validation) must be a marked copy" in problem for problem in problems(root))
 

@@ -100,6 +100,46 @@ def test_tables_in_bfloat16_keep_float32_gradients_and_state(track, small):
     torch.testing.assert_close(wte.float(), expected.bfloat16().float(), atol=0.01, rtol=0.01)
 
 
+@pytest.mark.parametrize("track", ["tiny"], indirect=True)
+def test_exponential_moving_average(track, small):
+    """Of the weights after steps 0, 2, 4, ..., from zero, corrected for that; its decay is by epoch."""
+    trainer, _ = track.set_up(flags(**small))
+    beta = track.ema_beta(trainer.plan)
+    assert beta ** (trainer.plan.num_steps / 2 / 2) == pytest.approx(0.15)  # 2 epochs, an update in 2 steps
+    expected = {name: torch.zeros_like(p) for name, p in trainer.model.named_parameters()}
+    for step in range(6):
+        trainer.train_step(step)()
+        for name, p in trainer.model.named_parameters():
+            if step % 2 == 0:
+                expected[name] = beta * expected[name] + (1 - beta) * p.detach()
+    for name, state in trainer.optimizer.state_dict()["state"].items():
+        torch.testing.assert_close(state["average"], expected[name], msg=name)
+    record = track.Plan(track.Config(), 48804)
+    assert track.ema_beta(record) == pytest.approx(0.15 ** (10 / 190))
+
+
+@pytest.mark.parametrize("track", ["tiny"], indirect=True)
+def test_the_average_is_read_out(track, small, monkeypatch):
+    """Weights that do not move have themselves as average: the readout of it is that of the members."""
+    update = track.update_weights
+
+    def standing_still(optimizer, plan, step):
+        before = [bucket.values.clone() for bucket in optimizer.buckets]
+        monkeypatch.setattr(optimizer, "step", lambda *values: None)
+        update(optimizer, plan, step)
+        assert all(torch.equal(a, bucket.values) for a, bucket in zip(before, optimizer.buckets, strict=True))
+
+    monkeypatch.setattr(track, "update_weights", standing_still)
+    trainer, _ = track.set_up(flags(**small | {"dtype": "float64"}))
+    trainer.fit()
+    trainer.optimizer.buckets[0].values.add_(1.0)  # the readout depends on what was kept, not on the model as it is
+    assert trainer.finish() == 0
+    assert len(set(trainer.readouts)) == 5
+    for name, loss in trainer.readouts.items():
+        if name != "epoch_1":  # with one pass
+            assert loss == pytest.approx(trainer.readouts["epoch_2"], abs=1e-9), name
+
+
 def test_state_is_complete_and_by_parameter(track, small):
     trainer, _ = track.set_up(flags(**small))
     for step in range(2):

@@ -1,4 +1,4 @@
-"""What README.md says of the repository is so: files, flags, names in the code, messages, figures of the defaults."""
+"""What the READMEs say of the repository is so: files, flags, names in the code, messages, figures of the defaults."""
 
 import re
 
@@ -7,27 +7,34 @@ from conftest import ROOT
 
 import model
 import prepare_data
+import tiny.train as tiny
 import train
 
 README = (ROOT / "README.md").read_text()
+MODULES = {"README.md": {"train": train, "model": model}, "tiny/README.md": {"train": tiny}}
+EACH = pytest.mark.parametrize("readme", MODULES)
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("https://")]
-    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+@EACH
+def test_links_lead_somewhere(readme):
+    text = (ROOT / readme).read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     anchors = {"#" + heading.lower().replace(" ", "-") for heading in headings}
-    assert len(links) > 8
-    assert [link for link in links if link not in anchors and not (ROOT / link).exists()] == []
+    folder = (ROOT / readme).parent
+    assert len(links) > 3
+    assert [link for link in links if link not in anchors and not (folder / link).exists()] == []
 
 
-def test_flags_exist(capsys):
-    for script in (train, prepare_data):
+@EACH
+def test_flags_exist(readme, capsys):
+    for script in (MODULES[readme]["train"], prepare_data):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     others = {"--standalone", "--nproc", "--shutdown-timeout", "--fix"}  # of torchrun and tests/copies.py
-    flags = set(re.findall(r"--[a-z-]*[a-z]", README))
-    assert len(flags) > 25 and flags - others <= known
+    flags = set(re.findall(r"--[a-z-]*[a-z]", (ROOT / readme).read_text()))
+    assert len(flags) > 5 and flags - others <= known
 
 
 def test_the_small_model_is_accepted():
@@ -36,12 +43,13 @@ def test_the_small_model_is_accepted():
     assert train.Config(**given).n_layer == 6
 
 
-def test_names_in_the_technique_index_exist():
-    section = README.split("## Techniques")[1].split("\n## ")[0]
-    names = re.findall(r"`(train|model)\.([\w.]+)`", section)
-    assert len(names) > 20
+@EACH
+def test_names_in_the_code_exist(readme):
+    names = re.findall(r"`(train|model)\.([\w.]+)`", (ROOT / readme).read_text())
+    names = [(module, path) for module, path in names if path != "py"]
+    assert len(names) > 10
     for module, path in names:
-        value = {"train": train, "model": model}[module]
+        value = MODULES[readme][module]
         for name in path.split("."):
             assert hasattr(value, name), path
             value = getattr(value, name)
@@ -65,3 +73,23 @@ def test_the_figures_of_the_defaults():
     assert f"the first {config.val_sequences:,} validation sequences" in text
     assert f"({config.val_sequences * config.sequence_len:,} targets)" in text
     assert f"**Cap**: {config.time_cap_min:g} minutes" in text and f"every {config.checkpoint_min:g} minutes" in text
+
+
+def test_the_figures_of_the_tiny_track():
+    c, text = tiny.Config(), " ".join((ROOT / "tiny/README.md").read_text().split())
+    assert f"{c.time_cap_min:g} minutes on 8×H100, {c.num_epochs} epochs" in text
+    assert f"{c.n_layer} layers of width {c.n_embd}, {c.n_head} heads, SwiGLU of {c.hidden}" in text
+    assert f"logits capped at {c.logit_cap:g}" in text and f"Dropout of {c.dropout} " in text
+    assert f"in the last {100 * (1 - c.passes_from):.0f}% of the steps" in text
+    assert (
+        f"with weights 1, {c.mtp_weight_1} and {c.mtp_weight_2}; the last two fall to 0 by {100 * c.mtp_until:g}%"
+        in text
+    )
+    assert f"multiplied by {c.lr_multiplier}." in text
+    assert f"the last {100 * c.warmdown:.0f}% of the steps, and within the last {c.swa_epochs} epochs in cycles" in text
+    assert (
+        f"is {c.weight_decay} for {c.decay_hold} epochs, falls to {c.decay_low_value} until epoch {c.decay_low}" in text
+    )
+    assert f"rises to {c.decay_end_value} at the end" in text
+    assert f"each virtual rank's {c.micro_batch} sequences" in text and f"are moved by {c.meta_step} down" in text
+    assert f"ends of the last {c.readout_epochs} epochs, averaged 1:2:3:4" in text

@@ -43,7 +43,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 
 TRACK = "tiny"
@@ -221,7 +220,7 @@ def check_config(c: Config) -> None:
 # Adapted from train.py: DEMO -- the track's own techniques
 DEMO = {  # --demo: every technique, at a size that two CPU cores train in less than two minutes
     "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
-    "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 8, "eval_batch": 16, "val_sequences": 496,
+    "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 8, "eval_batch": 16, "val_sequences": 496, "lr_multiplier": 4.0,
     "swa_epochs": 2, "readout_epochs": 2, "decay_hold": 1, "decay_low": 3, "weight_decay": 0.3,
     "decay_end_value": 0.35, "compile": "off", "eval_initial": True, "log_every": 10,
 }  # fmt: skip
@@ -408,6 +407,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor
     B, T, H, D = q.shape
     everything = window >= T - 1
     if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
+
         borders = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
         # contiguous, because the operator promises the compiler outputs and gradients laid out like its inputs
         q, k, v = (t.reshape(B * T, H, D).contiguous() for t in (q, k, v))
