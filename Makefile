@@ -16,7 +16,7 @@ test: $(VENV)/tests-requirements.txt
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python tests/copies.py
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 clean:
 	rm -rf $(VENV) demo_data .pytest_cache .ruff_cache

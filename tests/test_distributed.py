@@ -65,13 +65,13 @@ def test_more_processes_than_gpus(track, monkeypatch):
 def test_an_error_of_the_main_process_ends_all(track, small):
     """Bad data under torchrun: one message, and no process waits for another until a timeout."""
     process = launch(script_of(track), flags(**small | {"data_dir": "nowhere"}), processes=2)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode != 0
     assert output.count("error: nowhere/fineweb_train.pt not found") == 1
 
 
 def test_a_plan_that_does_not_fit_is_refused_once(track, small):
     process = launch(script_of(track), flags(**small | {"batch_tokens": 8192}), processes=2)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode != 0
     assert output.count("use more data, or lower --batch-tokens") == 1

@@ -69,7 +69,7 @@ def test_stopped_by_a_signal_and_resumed_on_two_processes(track, small, folder):
     process = launch(script_of(track), flags(**small | values))
     wait_for_steps(folder, 4, process)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     assert f"resume with: python {process.args[1]} --resume {folder}" in output and "stopped by SIGTERM" in output
     assert not (folder / "result.json").exists()

@@ -220,8 +220,8 @@ def check_config(c: Config) -> None:
 # Adapted from train.py: DEMO -- the track's own techniques
 DEMO = {  # --demo: every technique, at a size that two CPU cores train in less than two minutes
     "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
-    "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 8, "eval_batch": 16, "val_sequences": 496, "lr_multiplier": 4.0,
-    "swa_epochs": 2, "readout_epochs": 2, "decay_hold": 1, "decay_low": 3, "weight_decay": 0.3,
+    "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 8, "eval_batch": 16, "val_sequences": 496,
+    "lr_multiplier": 4.0, "swa_epochs": 2, "readout_epochs": 2, "decay_hold": 1, "decay_low": 3, "weight_decay": 0.3,
     "decay_end_value": 0.35, "compile": "off", "eval_initial": True, "log_every": 10,
 }  # fmt: skip
 # Copied from train.py: RESUME_MAY_CHANGE
