@@ -32,7 +32,7 @@ import typing
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -156,21 +156,27 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in about
 RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
 
 
+@cache
+def field_comments() -> dict[str, str]:
+    """The comment behind each field of Config, by name."""
+    comments = {}
+    for cls in reversed(Config.__mro__[:-1]):
+        comments |= dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
+    return comments
+
+
 def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     """Command line -> (fields of Config that were given, run folder to resume or None).
 
     Every field is a flag with its comment as help text. --demo stands for the values in DEMO, which flags override.
     """
-    comments = {}
-    for cls in reversed(Config.__mro__[:-1]):
-        comments |= dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
     usage = "%(prog)s [--demo | --resume RUN_DIR] [--FLAG VALUE ...]"
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--demo", action="store_true", help="toy size, for a CPU (data: make demo)")
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     for name, hint in typing.get_type_hints(Config).items():
-        default, text = getattr(Config, name), comments[name].replace("%", "%%")
+        default, text = getattr(Config, name), field_comments()[name].replace("%", "%%")
         kind = {"type": hint, "metavar": getattr(hint, "__name__", "")}
         if hint is bool:
             kind = {"action": argparse.BooleanOptionalAction}
@@ -209,6 +215,10 @@ class World:
         """The virtual ranks that this process plays."""
         share = VIRTUAL_RANKS // self.size
         return range(self.rank * share, (self.rank + 1) * share)
+
+    def seed(self, seed: int) -> None:
+        """Set the random state of the device alone, from which dropout draws."""
+        torch.cuda.manual_seed(seed) if self.cuda else torch.default_generator.manual_seed(seed)
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over the processes in float64, the same in all of them. Serves as a barrier too."""
@@ -1256,7 +1266,7 @@ class Trainer:
             how = stage(self.plan, step) | pass_arguments(self.plan, step, micro_step)
             for i, chunk in enumerate(rows.split(c.device_batch or len(rows))):
                 seed = np.random.SeedSequence((c.seed, step, v, index, i)).generate_state(1, np.uint64)
-                torch.manual_seed(int(seed[0]))
+                self.world.seed(int(seed[0]))
                 totals += self.backward(chunk, share * len(chunk) / len(rows), **how)
 
     def train_step(self, step: int):
