@@ -50,6 +50,15 @@ def test_no_position_sees_the_future_or_another_sequence(track, small_model, lat
 
 
 @BOTH
+def test_a_prefix_is_predicted_as_in_the_whole(track, small_model, late):
+    """Shorter inputs than the sequences of training mean the same model, whichever layers see all of them."""
+    tokens, how = random_tokens(), STAGES[track.TRACK][late]
+    whole = small_model.log_probs(tokens, **how)
+    for length in (1, 5, T // 2, T // 2 + 1):
+        torch.testing.assert_close(small_model.log_probs(tokens[:, :length], **how), whole[:, :length])
+
+
+@BOTH
 def test_log_probs_token_losses_and_training_loss_agree(track, small_model, late):
     tokens, how = random_tokens(), STAGES[track.TRACK][late]
     inputs, targets = tokens[:, :-1], tokens[:, 1:]

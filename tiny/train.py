@@ -455,14 +455,14 @@ def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
 
 
 # Adapted from model.py: attention -- key offset and exclusive attention
-def attention(w, x: Tensor, ve: Tensor | None, alpha: Tensor, rotary, *, window: int, n_head: int, backend: str):
-    """x (B, T, C), value embedding ve (B, T, C) or None, alpha (H,) -> (B, T, C)."""
+def attention(w, x: Tensor, ve: Tensor | None, alpha: Tensor, rotary, *, offset: bool, window, n_head, backend):
+    """x (B, T, C), value embedding ve (B, T, C) or None, alpha (H,) -> (B, T, C). offset: whether keys have it."""
     B, T, C = x.shape
     q, k, v = (t.view(B, T, n_head, C // n_head) for t in F.linear(x, w["qkv"]).chunk(3, dim=-1))
     if ve is not None:  # value residual (arXiv 2410.17897) with a gate per head, at first 2 * sigmoid(0) = 1
         v = v + 2 * torch.sigmoid(F.linear(x[..., :32], w["ve_gate"])).unsqueeze(-1) * ve.view_as(v)
     q, k = norm(rotate(q, rotary)).to(v.dtype), norm(rotate(k, rotary)).to(v.dtype)
-    if window >= T:  # the layers that see everything
+    if offset:
         k = offset_keys(k)
     y = exclude_own_value(attend(q, k, v, window, backend), v, alpha)
     y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)  # head gates (arXiv 2505.06708)
@@ -798,7 +798,8 @@ class GPT(nn.Module):
         encoded: list[Tensor] = []
         for i in range(config.n_layer):
             skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if i >= E else (None, None)
-            lambdas, settings = (skip_weight, resid[i], from_x0[i]), self._settings(config.window(i))
+            lambdas, window = (skip_weight, resid[i], from_x0[i]), config.window(i)
+            settings = self._settings(window) | {"offset": window == config.sequence_len}  # in layers that see all
             x = self._layer(w[f"h.{i}"], x, x0, skip, lambdas, ve.get(i), alphas[i], rotary, **settings)
             if i < E:
                 encoded.append(x)
