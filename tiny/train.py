@@ -493,10 +493,10 @@ def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, alpha,
 
 # -------------------------------------------------------------------------------------------------------- head and loss
 
-# Copied from model.py: CHUNK_ON_CPU
-CHUNK_ON_CPU = 128  # and this many fit its caches
 # Copied from model.py: CHUNK
 CHUNK = 4096  # positions whose logits exist at a time in training: these keep a GPU busy
+# Copied from model.py: CHUNK_ON_CPU
+CHUNK_ON_CPU = 128  # and this many fit its caches
 FP8_SCALES = {"x": 100 / 448, "lm_head": 1.6 / 448, "grad": 0.75 / 448}  # an fp8 number times this is the value
 
 
