@@ -234,8 +234,8 @@ def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, 
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-CHUNK = 4096  # positions whose logits exist at a time in training: these keep a GPU busy
-CHUNK_ON_CPU = 128  # and this many fit its caches
+CHUNK = 4096  # positions whose logits exist at a time in training on a GPU: enough to keep it busy
+CHUNK_ON_CPU = 128  # the same on a CPU: few enough to stay in its caches
 
 
 def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):

@@ -109,12 +109,23 @@ class Config(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         check_config(self)
-        require(self.replay_from_epoch >= 0, f"--replay-from-epoch is {self.replay_from_epoch}: 0 is never")
+        require(self.replay_from_epoch >= 0, f"--replay-from-epoch is {self.replay_from_epoch}: at least 0 (never)")
 
     @property
     def micro_steps(self) -> int:
         """Micro-steps of a virtual rank in an optimizer step."""
         return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
+
+    @property
+    def halves_batches(self) -> bool:
+        """Whether the meta-gradient halves the sequences of a micro-step, as there is only one."""
+        return self.meta_gradient and self.micro_steps == 1
+
+    @property
+    def device_rows(self) -> int:
+        """Sequences of a forward pass in training."""
+        rows = self.micro_batch // (1 + self.halves_batches)
+        return min(self.device_batch or rows, rows)
 
 
 def check_config(c: Config) -> None:
@@ -131,14 +142,13 @@ def check_config(c: Config) -> None:
         f"{c.micro_batch} x sequence_len {c.sequence_len} = {group}: change --batch-tokens",
     )
     require(
-        c.micro_batch % (c.device_batch or c.micro_batch) == 0,
-        f"device_batch {c.device_batch} does not divide micro_batch {c.micro_batch}",
-    )
-    require(
         not c.meta_gradient or (c.micro_batch if c.micro_steps == 1 else c.micro_steps) % 2 == 0,
         f"the meta-gradient cannot halve {c.micro_steps} micro-step(s) of {c.micro_batch} sequences: make "
         "them even with --batch-tokens or --micro-batch, or give --no-meta-gradient",
     )
+    rows, of = (c.micro_batch // 2, "half of micro_batch") if c.halves_batches else (c.micro_batch, "micro_batch")
+    fits = rows % c.device_rows == 0  # all passes have one shape
+    require(fits, f"device_batch {c.device_batch} does not divide {of}, {rows}")
     parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.readout_epochs}
     over = [f"{flag} {value}" for flag, value in parts.items() if value > c.num_epochs]
     require(not over, f"{' and '.join(over)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
@@ -270,6 +280,9 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
+FALLBACKS = {"attention": ("sdpa", "varlen")}  # what computes where the faster one does not run
+
+
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
     return {"attention": choose_attention(config.attention, config, device, dtype)}
@@ -293,11 +306,8 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
     """
     with torch.device("meta"):
         total = sum(p.numel() for p in GPT(config).parameters())
-    C, V, positions = (
-        config.n_embd,
-        config.padded_vocab,
-        (config.device_batch or config.micro_batch) * config.sequence_len,
-    )
+    C, V = config.n_embd, config.padded_vocab
+    positions = config.device_rows * config.sequence_len
     tables = 2 * V * C
     # float32: masters and two gradients; AdamW keeps two moments of the tables, Muon one of the rest and a moved copy
     static = 3 * total + (total + tables) / world_size + (total - tables) * config.meta_gradient
@@ -320,7 +330,8 @@ def check_memory(config: Config, world: World) -> float:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     said += f", about {needed:.0f} GiB with activations, in {str(dtype).removeprefix('torch.')}"
     said += f"; this machine has {there:.0f} GiB and no GPU in use"
-    instead = "train it on 8xH100 or one GPU of 80 GiB, or see every technique at toy size with --demo"
+    on_gpu = memory_gib(config, world.size, torch.bfloat16)[2]
+    instead = f"train it on GPUs of at least {on_gpu:.0f} GiB, or see every technique at toy size with --demo"
     require(needed * world.size < there, f"{said}: {instead}")
     require(total < 1e8 or config.device == "cpu", f"{said}: {instead}. It fits, so --device cpu trains it, slowly")
     return needed
@@ -1248,7 +1259,7 @@ class Trainer:
 
     def pieces(self, micro_steps: Tensor) -> list[tuple[int, Tensor]]:
         """(k, b, T + 1) of a virtual rank -> (micro-step, sequences); the meta-gradient halves a single micro-step."""
-        if self.config.meta_gradient and len(micro_steps) == 1:
+        if self.config.halves_batches:
             return [(0, half) for half in micro_steps[0].chunk(2)]
         return list(enumerate(micro_steps))
 
@@ -1264,7 +1275,7 @@ class Trainer:
         c = self.config
         for index, (micro_step, rows) in pieces:
             how = stage(self.plan, step) | pass_arguments(self.plan, step, micro_step)
-            for i, chunk in enumerate(rows.split(c.device_batch or len(rows))):
+            for i, chunk in enumerate(rows.split(c.device_rows)):
                 seed = np.random.SeedSequence((c.seed, step, v, index, i)).generate_state(1, np.uint64)
                 self.world.seed(int(seed[0]))
                 totals += self.backward(chunk, share * len(chunk) / len(rows), **how)
@@ -1308,7 +1319,7 @@ class Trainer:
                     shape = (c.micro_steps, c.micro_batch, c.sequence_len + 1)  # graphs depend on shapes and strides
                     rows = self.pieces(torch.randint(c.vocab_size, shape, device=device))[0][1]
                     for arguments in warm_up_arguments(c, **how):
-                        run = partial(self.backward, rows[: c.device_batch or None], 1.0, **how, **arguments)
+                        run = partial(self.backward, rows[: c.device_rows], 1.0, **how, **arguments)
                         add_gradient(self.weights, self.optimizer, [run] * (1 + c.meta_gradient), 0.0)
                     batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
                     self.token_losses(batch[:, :-1], batch[:, 1:], **how)
@@ -1606,16 +1617,17 @@ class Trainer:
         }  # fmt: skip
 
 
-def use_average(trainer: Trainer, members: list[dict], weights: list[float]) -> None:
-    """Put the weighted average of the members' weights into the model."""
-    buckets = trainer.optimizer.buckets
-    trainer.optimizer.zero_grad()
-    for weight, member in zip(weights, members, strict=True):
-        trainer.load_member(member)
-        for bucket in buckets:
-            bucket.grads.add_(bucket.values, alpha=weight)  # the gradients' memory has no other use any more
-    for bucket in buckets:
+def add_to_average(trainer: Trainer, weight: float) -> None:
+    """Add the model's weights to an average, in the memory of the gradients, which have no other use any more."""
+    for bucket in trainer.optimizer.buckets:
+        bucket.grads.add_(bucket.values, alpha=weight)
+
+
+def use_average(trainer: Trainer) -> None:
+    """Put the average into the model, and clear it."""
+    for bucket in trainer.optimizer.buckets:
         bucket.values.copy_(bucket.grads)
+    trainer.optimizer.zero_grad()
     trainer.weights.refresh()
 
 
@@ -1635,12 +1647,13 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
         trainer.load_member(member)
         for name, eval_set in eval_sets.items():
             nats[name].append(eval_set.nats(losses))
+        add_to_average(trainer, weight)
         member["weight"] = weight
     scores = {name: eval_set.score(mix(nats[name], weights)) for name, eval_set in eval_sets.items()}
     trainer.readouts["probability_average"] = scores["val"].loss
     equal = mix(nats["val"], [1.0] * len(members))
     trainer.readouts["probability_average_equal_weights"] = eval_sets["val"].score(equal).loss
-    use_average(trainer, members, weights)
+    use_average(trainer)
     trainer.readouts["weight_average"] = eval_sets["val"].score(eval_sets["val"].nats(losses)).loss
     return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": members}
 
@@ -1669,8 +1682,9 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wa
     device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     compiled = "compiled" if trainer.compiled else "not compiled"
     kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
-    if world.cuda and (trainer.kernels["attention"], c.attention) == ("sdpa", "auto"):
-        kernels += " (slow: flash attention does not run here, --attention varlen says why)"
+    for name, (fallback, fast) in FALLBACKS.items():
+        if world.cuda and (trainer.kernels[name], getattr(c, name)) == (fallback, "auto"):
+            kernels += f" (slower: --{name} {fast} says why not {fast})"
     lines = {
         "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
         "settings": settings,

@@ -59,7 +59,7 @@ def documents(tokens: np.ndarray) -> set[bytes]:
 
 def test_batches_follow_the_order_whatever_the_number_of_processes(track, data_dir):
     """Steps that span two epochs included; all processes together have each micro-step's sequences once."""
-    shard, plan = small_plan(track, data_dir)
+    shard, plan = small_plan(track, data_dir, micro_batch=2)
     assert plan.config.micro_steps == 2 and plan.epoch_micro_steps == 11
     b, expected = plan.config.micro_batch, []
     loader = track.TrainLoader(shard, plan, range(8))

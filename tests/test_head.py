@@ -162,6 +162,7 @@ def test_rounding_to_fp8(dtype, numbers):
 
 def emulated_chunk(x, lm_head, targets, weights):
     """The fp8 head in float64, every rounding written out: 8-bit operands with the track's scales, bfloat16 results."""
+    assert [s * 448 for s in (tiny.X_SCALE, tiny.LM_HEAD_SCALE, tiny.GRAD_SCALE)] == pytest.approx([100, 1.6, 0.75])
 
     def quantized(value, scale, numbers):
         return rounded(value.float() / scale, *numbers) * scale
@@ -169,7 +170,7 @@ def emulated_chunk(x, lm_head, targets, weights):
     def bfloat16(value):
         return value.bfloat16().double()
 
-    x8, head8 = quantized(x, 100 / 448, E4M3), quantized(lm_head, 1.6 / 448, E4M3)
+    x8, head8 = quantized(x, tiny.X_SCALE, E4M3), quantized(lm_head, tiny.LM_HEAD_SCALE, E4M3)
     logits = bfloat16(x8 @ head8).requires_grad_()
     capped = CAP * torch.tanh(logits[:, :VOCAB] / CAP)
     loss = 0
@@ -177,7 +178,7 @@ def emulated_chunk(x, lm_head, targets, weights):
         loss = loss + weight * torch.nn.functional.cross_entropy(
             capped, targets[:, k], ignore_index=-1, reduction="sum"
         )
-    grad8 = quantized(bfloat16(torch.autograd.grad(loss, logits)[0]), 0.75 / 448, E5M2)
+    grad8 = quantized(bfloat16(torch.autograd.grad(loss, logits)[0]), tiny.GRAD_SCALE, E5M2)
     return loss.detach(), bfloat16(grad8 @ head8.T), bfloat16(x8.T @ grad8)
 
 
@@ -199,25 +200,55 @@ def test_the_fp8_head_is_what_its_formats_say():
         assert 0.02 < relative(ours, exact) < 0.1
 
 
-def test_scales_leave_room(monkeypatch):
+def test_the_fp8_products_are_laid_out_as_tensor_cores_want(monkeypatch):
+    """By rows times by columns, in multiples of 16; a CPU takes other layouts too, a GPU does not."""
+    shapes, product = [], tiny.fp8_product
+
+    def spy(a, b, scale, fast=False):
+        assert a.stride(1) == b.stride(0) == 1 and a.size(1) % 16 == b.size(1) % 16 == 0
+        assert a.stride(0) % 16 == b.stride(1) % 16 == 0
+        assert not a.dtype == b.dtype == torch.float8_e5m2
+        shapes.append((*a.shape, b.size(1)))
+        return product(a, b, scale, fast)
+
+    monkeypatch.setattr(tiny, "fp8_product", spy)
+    x, lm_head, targets = make(tiny, torch.bfloat16, positions=48)
+    tiny.head_chunk(x, lm_head, targets, WEIGHTS, VOCAB, CAP, "fp8")
+    assert shapes == [(48, 32, PADDED), (48, PADDED, 32), (32, 48, PADDED)]
+
+
+@pytest.mark.parametrize("head", ["fp8", "plain"])
+def test_the_compiled_head_is_the_same(head):
+    x, lm_head, targets = make(tiny, torch.bfloat16, positions=48)
+    compiled = torch.compile(tiny.head_chunk, backend="aot_eager", fullgraph=True, dynamic=False)
+    results = [f(x, lm_head, targets, WEIGHTS, VOCAB, CAP, head) for f in (tiny.head_chunk, compiled)]
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+
+
+def test_scales_leave_room():
     """Normed x, the initial head and one of large weights, gradients from 1 down to a millionth: none is lost."""
     x = tiny.norm(torch.randn(64, 1024))
-    assert x.abs().max() < 100 and relative(tiny.to_fp8(x, 100 / 448).float() * 100 / 448, x) < 0.04
+    assert x.abs().max() < 100 and relative(tiny.to_fp8(x, tiny.X_SCALE).float() * tiny.X_SCALE, x) < 0.04
     for deviation in (0.001, 0.3):
         weights = deviation * torch.randn(64, 1024)
-        assert relative(tiny.to_fp8(weights, 1.6 / 448).float() * 1.6 / 448, weights) < 0.04
+        assert relative(tiny.to_fp8(weights, tiny.LM_HEAD_SCALE).float() * tiny.LM_HEAD_SCALE, weights) < 0.04
     grad = torch.tensor([1.75, -1.0, 1e-2, 1e-4, 1e-6])
-    kept = tiny.to_fp8(grad, 0.75 / 448, torch.float8_e5m2).float() * 0.75 / 448
+    kept = tiny.to_fp8(grad, tiny.GRAD_SCALE, torch.float8_e5m2).float() * tiny.GRAD_SCALE
     torch.testing.assert_close(kept, grad, rtol=0.13, atol=0.0)
 
 
 def test_check_kernels_finds_a_wrong_fp8_head(monkeypatch):
-    """By this the warm-up checks a GPU's fp8: small for the right one; one wrong scale, or an error, is refused."""
+    """By this the warm-up checks a GPU's fp8: small for the right one; one wrong product, or an error, is refused."""
     config, cpu = tiny.Config(vocab_size=VOCAB, n_embd=64, n_head=2), torch.device("cpu")
     assert 0.0 < tiny.head_error(config, cpu) < 0.1
     tiny.check_kernels(config, cpu, "sdpa", "fp8")
     product = tiny.fp8_product
-    monkeypatch.setattr(tiny, "fp8_product", lambda *args, **options: 1.5 * product(*args, **options))
+
+    def one_wrong(a, b, scale, fast=False):
+        return (1.5 if a.dtype == torch.float8_e5m2 else 1.0) * product(a, b, scale, fast)
+
+    monkeypatch.setattr(tiny, "fp8_product", one_wrong)
     with pytest.raises(ValueError, match="head fp8 is wrong here, by "):
         tiny.check_kernels(config, cpu, "sdpa", "fp8")
 

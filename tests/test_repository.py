@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 
 import model
@@ -57,13 +58,13 @@ def test_names_in_the_code_exist(readme):
 
 def test_messages_in_the_troubleshooting_exist():
     """The words between what varies are in the code."""
-    files = [(ROOT / file).read_text() for file in ("train.py", "model.py", "prepare_data.py")]
+    files = [(ROOT / file).read_text() for file in ("tiny/train.py", "train.py", "model.py", "prepare_data.py")]
     code = re.sub(r'"\s*f?"', "", "".join(files))  # joins strings that stand one behind the other
     section = README.split("## Troubleshooting")[1].split("\n## ")[0]
     messages = re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
     assert len(messages) > 8
     for message in messages:
-        for part in re.split(r"\.\.\.|: | varlen | nan | training |\S+/\S+", message):
+        for part in re.split(r"\.\.\.|: | varlen |head fp8 | nan | training |\S+/\S+", message):
             assert part.strip() in code, message
 
 
@@ -73,6 +74,20 @@ def test_the_figures_of_the_defaults():
     assert f"the first {config.val_sequences:,} validation sequences" in text
     assert f"({config.val_sequences * config.sequence_len:,} targets)" in text
     assert f"**Cap**: {config.time_cap_min:g} minutes" in text and f"every {config.checkpoint_min:g} minutes" in text
+
+
+def test_the_memory_that_the_script_counts():
+    def gib(track, dtype, **changes) -> list[str]:
+        return [f"{value:.0f} GiB" for value in track.memory_gib(track.Config(**changes), 1, dtype)[1:]]
+
+    (static, needed), (_, small) = gib(train, torch.bfloat16), gib(train, torch.bfloat16, device_batch=1)
+    assert f"counts {static} for weights, gradients and optimizer and estimates {needed} in all" in README
+    assert f"in smaller passes: {small} by the same" in README
+    assert f"would need {gib(train, torch.float32)[1]} in float32" in README
+    (_, needed), (_, small) = gib(tiny, torch.bfloat16), gib(tiny, torch.bfloat16, device_batch=4)
+    assert f"The tiny track takes {needed}," in README
+    text = (ROOT / "tiny/README.md").read_text()
+    assert f"one GPU takes {needed} by the script's own estimate, {small} with `--device-batch 4`" in text
 
 
 def test_the_figures_of_the_tiny_track():

@@ -139,9 +139,9 @@ class Config(GPTConfig):
     head_lr: float = 0.001  # AdamW: lm_head
     scalar_lr: float = 0.25  # AdamW: x0_lambdas, attn_gate, xsa_alphas; times 0.01, resid_lambdas and skip_weights
     weight_decay: float = 0.8  # of matrices and tables, at the start
-    decay_hold: int = 2  # epoch until whose end the weight decay stays
-    decay_low: int = 8  # epoch until whose end it falls
-    decay_low_value: float = 0.1  # to this
+    decay_hold: int = 2  # epochs over which the weight decay stays
+    decay_low: int = 8  # epochs after which the weight decay has fallen to its lowest
+    decay_low_value: float = 0.1  # weight decay after decay_low epochs
     decay_end_value: float = 0.93  # weight decay at the end of training
     warmdown: float = 0.4  # part of the steps, at the end, over which the learning rate falls linearly
     swa_epochs: int = 4  # last epochs, with a cyclic learning rate (0: none)
@@ -151,7 +151,7 @@ class Config(GPTConfig):
     passes_from: float = 0.7  # part of the steps with a single pass
     mtp_weight_1: float = 0.5  # weight at the start of the loss on the token after next
     mtp_weight_2: float = 0.25  # weight at the start of the loss on the token after that
-    mtp_until: float = 0.66  # part of the steps after which both are 0; the latter is after half of it
+    mtp_until: float = 0.66  # part of the steps after which mtp_weight_1 is 0; mtp_weight_2 is after half of it
     meta_gradient: bool = True  # take the second half of a gradient at a point moved down the first half's
     meta_step: float = 0.5  # length of that move
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA where there is a GPU
@@ -173,7 +173,8 @@ class Config(GPTConfig):
             f"--decay-hold {self.decay_hold} and --decay-low {self.decay_low} must be in this order, from 0 to "
             f"--num-epochs {self.num_epochs}",
         )
-        for name in ("weight_decay", "ema_every", "mtp_until"):
+        require(self.weight_decay > 0, f"--weight-decay {self.weight_decay}: its schedule is relative to it, not 0")
+        for name in ("ema_every", "mtp_until"):
             require(getattr(self, name) > 0, f"--{name.replace('_', '-')} {getattr(self, name)} must be positive")
         for name in ("passes_from", "mtp_until"):
             require(getattr(self, name) <= 1, f"--{name.replace('_', '-')} {getattr(self, name)} is more than 1")
@@ -184,6 +185,19 @@ class Config(GPTConfig):
     def micro_steps(self) -> int:
         """Micro-steps of a virtual rank in an optimizer step."""
         return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
+
+    # Copied from train.py: Config.halves_batches
+    @property
+    def halves_batches(self) -> bool:
+        """Whether the meta-gradient halves the sequences of a micro-step, as there is only one."""
+        return self.meta_gradient and self.micro_steps == 1
+
+    # Copied from train.py: Config.device_rows
+    @property
+    def device_rows(self) -> int:
+        """Sequences of a forward pass in training."""
+        rows = self.micro_batch // (1 + self.halves_batches)
+        return min(self.device_batch or rows, rows)
 
 
 # Copied from train.py: check_config
@@ -201,14 +215,13 @@ def check_config(c: Config) -> None:
         f"{c.micro_batch} x sequence_len {c.sequence_len} = {group}: change --batch-tokens",
     )
     require(
-        c.micro_batch % (c.device_batch or c.micro_batch) == 0,
-        f"device_batch {c.device_batch} does not divide micro_batch {c.micro_batch}",
-    )
-    require(
         not c.meta_gradient or (c.micro_batch if c.micro_steps == 1 else c.micro_steps) % 2 == 0,
         f"the meta-gradient cannot halve {c.micro_steps} micro-step(s) of {c.micro_batch} sequences: make "
         "them even with --batch-tokens or --micro-batch, or give --no-meta-gradient",
     )
+    rows, of = (c.micro_batch // 2, "half of micro_batch") if c.halves_batches else (c.micro_batch, "micro_batch")
+    fits = rows % c.device_rows == 0  # all passes have one shape
+    require(fits, f"device_batch {c.device_batch} does not divide {of}, {rows}")
     parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.readout_epochs}
     over = [f"{flag} {value}" for flag, value in parts.items() if value > c.num_epochs]
     require(not over, f"{' and '.join(over)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
@@ -494,10 +507,10 @@ def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, alpha,
 # -------------------------------------------------------------------------------------------------------- head and loss
 
 # Copied from model.py: CHUNK
-CHUNK = 4096  # positions whose logits exist at a time in training: these keep a GPU busy
+CHUNK = 4096  # positions whose logits exist at a time in training on a GPU: enough to keep it busy
 # Copied from model.py: CHUNK_ON_CPU
-CHUNK_ON_CPU = 128  # and this many fit its caches
-FP8_SCALES = {"x": 100 / 448, "lm_head": 1.6 / 448, "grad": 0.75 / 448}  # an fp8 number times this is the value
+CHUNK_ON_CPU = 128  # the same on a CPU: few enough to stay in its caches
+X_SCALE, LM_HEAD_SCALE, GRAD_SCALE = 100 / 448, 1.6 / 448, 0.75 / 448  # an fp8 number times its scale is the value
 
 
 # Adapted from model.py: capped_logits -- lm_head is (C, padded V)
@@ -561,13 +574,12 @@ def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, voc
     if head == "plain":
         loss, first_loss, grad = capped_cross_entropy(x @ lm_head, targets, weights, vocab_size, cap)
         return loss, first_loss, grad @ lm_head.T, x.T @ grad
-    of_x, of_head, of_grad = FP8_SCALES.values()
-    x8, head8 = to_fp8(x, of_x), to_fp8(lm_head, of_head)
-    logits = fp8_product(x8, head8.T.contiguous().T, of_x * of_head, fast=True)
+    x8, head8 = to_fp8(x, X_SCALE), to_fp8(lm_head, LM_HEAD_SCALE)
+    logits = fp8_product(x8, head8.T.contiguous().T, X_SCALE * LM_HEAD_SCALE, fast=True)
     loss, first_loss, grad = capped_cross_entropy(logits, targets, weights, vocab_size, cap)
-    grad8 = to_fp8(grad, of_grad, torch.float8_e5m2)
-    x_grad = fp8_product(grad8, head8.T, of_grad * of_head)
-    return loss, first_loss, x_grad, fp8_product(x8.T.contiguous(), grad8.T.contiguous().T, of_x * of_grad)
+    grad8 = to_fp8(grad, GRAD_SCALE, torch.float8_e5m2)
+    x_grad = fp8_product(grad8, head8.T, GRAD_SCALE * LM_HEAD_SCALE)
+    return loss, first_loss, x_grad, fp8_product(x8.T.contiguous(), grad8.T.contiguous().T, X_SCALE * GRAD_SCALE)
 
 
 # Copied from model.py: HeadLoss
@@ -915,6 +927,10 @@ def choose_head(wanted: str, config: GPTConfig, device: torch.device, dtype: tor
     return wanted if wanted != "auto" else "fp8" if able and cuda else "plain"
 
 
+# Adapted from train.py: FALLBACKS -- the head too
+FALLBACKS = {"attention": ("sdpa", "varlen"), "head": ("plain", "fp8")}  # what computes where the faster one does not
+
+
 # Adapted from train.py: choose_kernels -- the head too
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
@@ -993,16 +1009,13 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
     """
     with torch.device("meta"):
         total = sum(p.numel() for p in GPT(config).parameters())
-    C, V, positions = (
-        config.n_embd,
-        config.padded_vocab,
-        (config.device_batch or config.micro_batch) * config.sequence_len,
-    )
-    positions //= 1 + (config.meta_gradient and config.micro_steps == 1 and not config.device_batch)  # its halves
+    C, V = config.n_embd, config.padded_vocab
+    positions = config.device_rows * config.sequence_len
     tables, moved = 2 * V * C, 3 * C * config.hidden * config.n_layer
-    # float32: masters and gradients; tables in the compute dtype; two moments of the tables, one of the rest; average
-    static = 4 * (2 * total + (2 * total + tables) / world_size + 2 * moved * config.meta_gradient)
-    static += dtype.itemsize * (total + tables) + 4 * (total - tables)
+    # float32: masters but those of the tables, two gradients; two moments of the tables, one of the rest, an average of
+    # the weights; a moved copy of the MLPs' matrices
+    static = 4 * (total - tables + 2 * total + (2 * total + tables) / world_size + moved * config.meta_gradient)
+    static += dtype.itemsize * (total + tables)
     per_layer = (14 * C + 3 * config.hidden) * dtype.itemsize + C
     head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + tables / 2 * 8  # a chunk's logits; the gradient
     return total, static / 2**30, (static + positions * per_layer * config.n_layer + head) / 2**30
@@ -1021,7 +1034,8 @@ def check_memory(config: Config, world: World) -> float:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     said += f", about {needed:.0f} GiB with activations, in {str(dtype).removeprefix('torch.')}"
     said += f"; this machine has {there:.0f} GiB and no GPU in use"
-    instead = "train it on 8xH100 or one GPU of 80 GiB, or see every technique at toy size with --demo"
+    on_gpu = memory_gib(config, world.size, torch.bfloat16)[2]
+    instead = f"train it on GPUs of at least {on_gpu:.0f} GiB, or see every technique at toy size with --demo"
     require(needed * world.size < there, f"{said}: {instead}")
     require(total < 1e8 or config.device == "cpu", f"{said}: {instead}. It fits, so --device cpu trains it, slowly")
     return needed
@@ -2022,7 +2036,7 @@ class Trainer:
 
     def pieces(self, micro_steps: Tensor) -> list[tuple[int, Tensor]]:
         """(k, b, T + 1) of a virtual rank -> (micro-step, sequences); the meta-gradient halves a single micro-step."""
-        if self.config.meta_gradient and len(micro_steps) == 1:
+        if self.config.halves_batches:
             return [(0, half) for half in micro_steps[0].chunk(2)]
         return list(enumerate(micro_steps))
 
@@ -2038,7 +2052,7 @@ class Trainer:
         c = self.config
         for index, (micro_step, rows) in pieces:
             how = stage(self.plan, step) | pass_arguments(self.plan, step, micro_step)
-            for i, chunk in enumerate(rows.split(c.device_batch or len(rows))):
+            for i, chunk in enumerate(rows.split(c.device_rows)):
                 seed = np.random.SeedSequence((c.seed, step, v, index, i)).generate_state(1, np.uint64)
                 self.world.seed(int(seed[0]))
                 totals += self.backward(chunk, share * len(chunk) / len(rows), **how)
@@ -2082,7 +2096,7 @@ class Trainer:
                     shape = (c.micro_steps, c.micro_batch, c.sequence_len + 1)  # graphs depend on shapes and strides
                     rows = self.pieces(torch.randint(c.vocab_size, shape, device=device))[0][1]
                     for arguments in warm_up_arguments(c, **how):
-                        run = partial(self.backward, rows[: c.device_batch or None], 1.0, **how, **arguments)
+                        run = partial(self.backward, rows[: c.device_rows], 1.0, **how, **arguments)
                         add_gradient(self.weights, self.optimizer, [run] * (1 + c.meta_gradient), 0.0)
                     batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
                     self.token_losses(batch[:, :-1], batch[:, 1:], **how)
@@ -2380,17 +2394,19 @@ class Trainer:
         }  # fmt: skip
 
 
+# Copied from train.py: add_to_average
+def add_to_average(trainer: Trainer, weight: float) -> None:
+    """Add the model's weights to an average, in the memory of the gradients, which have no other use any more."""
+    for bucket in trainer.optimizer.buckets:
+        bucket.grads.add_(bucket.values, alpha=weight)
+
+
 # Copied from train.py: use_average
-def use_average(trainer: Trainer, members: list[dict], weights: list[float]) -> None:
-    """Put the weighted average of the members' weights into the model."""
-    buckets = trainer.optimizer.buckets
-    trainer.optimizer.zero_grad()
-    for weight, member in zip(weights, members, strict=True):
-        trainer.load_member(member)
-        for bucket in buckets:
-            bucket.grads.add_(bucket.values, alpha=weight)  # the gradients' memory has no other use any more
-    for bucket in buckets:
+def use_average(trainer: Trainer) -> None:
+    """Put the average into the model, and clear it."""
+    for bucket in trainer.optimizer.buckets:
         bucket.values.copy_(bucket.grads)
+    trainer.optimizer.zero_grad()
     trainer.weights.refresh()
 
 
@@ -2398,12 +2414,13 @@ def use_average(trainer: Trainer, members: list[dict], weights: list[float]) -> 
 def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
 
-    None if a signal comes. It averages the members' weights, the newest heaviest, and runs with all passes. Recorded
-    beside it: the same with equal weights, and the exponential moving average of all of the run's weights.
+    None if a signal comes. It averages the members' weights, the newest heaviest, and runs as many passes as were
+    trained at the end. Recorded beside it: the same with equal weights, and the exponential moving average of all of
+    the run's weights.
     """
     members, eval_sets = trainer.members[-trainer.config.readout_epochs :], trainer.eval_sets
     weights = [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
-    how = {"passes": trainer.config.passes}
+    how = stage(trainer.plan, trainer.step - 1)
 
     def use_ema() -> None:
         updates = math.ceil(trainer.step / trainer.config.ema_every)
@@ -2412,25 +2429,30 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
             bucket.values.copy_(bucket.whole(average))
         trainer.weights.refresh()
 
+    def use_members(weights: list[float]) -> None:
+        for weight, member in zip(weights, members, strict=True):
+            trainer.load_member(member)
+            add_to_average(trainer, weight)
+        use_average(trainer)
+
     def score(name: str) -> Score:
         return eval_sets[name].score(eval_sets[name].nats(partial(trainer.token_losses, **how)))
 
-    scores = {}
-    averages = {  # the EMA first: its memory is not written to by the others
+    averages = {  # the declared one comes last: the model holds it then, for the holdout
         "exponential_moving_average": use_ema,
-        "weight_average_equal_weights": partial(use_average, trainer, members, [1 / len(members)] * len(members)),
-        "weight_average": partial(use_average, trainer, members, weights),
+        "weight_average_equal_weights": partial(use_members, [1 / len(members)] * len(members)),
+        "weight_average": partial(use_members, weights),
     }
     for name, use in averages.items():
         if trainer.any_signal():
             return None
         use()
-        scores = {"val": score("val")}
-        trainer.readouts[name] = scores["val"].loss
+        val = score("val")
+        trainer.readouts[name] = val.loss
     holdout = score("holdout") if "holdout" in eval_sets else None
     for weight, member in zip(weights, members, strict=True):
         member["weight"] = weight
-    return scores["val"], holdout, {"mixing": MIXING, "stage": how, "members": members}
+    return val, holdout, {"mixing": MIXING, "stage": how, "members": members}
 
 
 # Copied from train.py: ineligible
@@ -2459,8 +2481,9 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wa
     device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     compiled = "compiled" if trainer.compiled else "not compiled"
     kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
-    if world.cuda and (trainer.kernels["attention"], c.attention) == ("sdpa", "auto"):
-        kernels += " (slow: flash attention does not run here, --attention varlen says why)"
+    for name, (fallback, fast) in FALLBACKS.items():
+        if world.cuda and (trainer.kernels[name], getattr(c, name)) == (fallback, "auto"):
+            kernels += f" (slower: --{name} {fast} says why not {fast})"
     lines = {
         "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
         "settings": settings,
