@@ -25,7 +25,7 @@ COMMON = {
 }  # fmt: skip
 SMALL = {  # flags of a run of 11 steps, two epochs of 5.5 steps, that takes a second or two
     "limited": COMMON | {"replay_start": 1, "replay_end": 2, "replay_from_epoch": 2},
-    "tiny": COMMON | {"micro_batch": 4, "passes_from": 0.5, "decay_hold": 0, "decay_low": 1, "ema_every": 2},
+    "tiny": COMMON | {"passes_from": 0.5, "decay_hold": 0, "decay_low": 1, "ema_every": 2},
 }
 NOISE = {"limited": {"dropout": 0.1, "stochastic_depth": 0.1}, "tiny": {"dropout": 0.1}}  # flags of what is random
 # What the model switches late in a run, and how it is called before and after
@@ -33,6 +33,7 @@ STAGES = {
     "limited": ({"replay": False}, {"replay": True}),
     "tiny": ({"passes": 1}, {"passes": 2}),
 }
+MICRO_STEPS = {"limited": {}, "tiny": {"micro_batch": 4}}  # as many as the record has, where SMALL has others
 FOUR_LAYERS = {"limited": {"n_layer": 4, "replay_start": 2, "replay_end": 3}, "tiny": {"n_layer": 4}}
 
 

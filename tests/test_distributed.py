@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOISE, flags, launch, read_metrics, run_to_end, script_of
+from conftest import MICRO_STEPS, NOISE, flags, launch, read_metrics, run_to_end, script_of
 
 
 def losses(folder: Path) -> tuple[list[float], list[float], dict]:
@@ -17,7 +17,7 @@ def losses(folder: Path) -> tuple[list[float], list[float], dict]:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_agree(track, small, processes):
     """Whole runs in float64, with every technique on: the same losses to 1e-9, though rounding differs."""
-    values = {"dtype": "float64", "eval_batch": 3} | NOISE[track.TRACK]
+    values = {"dtype": "float64", "eval_batch": 3} | NOISE[track.TRACK] | MICRO_STEPS[track.TRACK]
     script, runs = script_of(track), Path(small["runs_dir"])
     assert track.main(flags(**small | values | {"run_name": "one"})) == 0
     output = run_to_end(script, flags(**small | values | {"run_name": "several"}), processes)

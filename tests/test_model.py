@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import FOUR_LAYERS, NOISE, SMALL, STAGES, V, flags
+from conftest import FOUR_LAYERS, MICRO_STEPS, NOISE, SMALL, STAGES, V, flags
 
 import model as root
 import tiny.train as tiny
@@ -333,6 +333,7 @@ def test_nothing_compiles_after_the_warm_up(track, small, monkeypatch, meta_grad
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
     torch._dynamo.reset()
     values = {"compile": "on", "meta_gradient": meta_gradient} | NOISE[track.TRACK] | FOUR_LAYERS[track.TRACK]
+    values |= MICRO_STEPS[track.TRACK]
     trainer, _ = track.set_up(flags(**small | values))
     trainer.warm_up()
     made = counters["stats"]["unique_graphs"]

@@ -29,7 +29,7 @@ def test_links_lead_somewhere(readme):
 
 @EACH
 def test_flags_exist(readme, capsys):
-    for script in (MODULES[readme]["train"], prepare_data):
+    for script in (train, tiny, prepare_data):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import NOISE, flags, launch, read_metrics, run_to_end, script_of, write_data
+from conftest import MICRO_STEPS, NOISE, flags, launch, read_metrics, run_to_end, script_of, write_data
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def assert_same_losses(folder: Path, reference: Path, tolerance: float) -> None:
 
 def test_killed_three_times_and_resumed(track, small, folder):
     """kill -9 at three moments, with all that is random on."""
-    values = {"num_epochs": 4, "swa_epochs": 2} | NOISE[track.TRACK]
+    values = {"num_epochs": 4, "swa_epochs": 2} | NOISE[track.TRACK] | MICRO_STEPS[track.TRACK]
     assert track.main(flags(**small | values | {"run_name": "reference"})) == 0
     arguments = flags(**small | values | {"checkpoint_min": 0.0})
     for kill_after in (2, 6, 11):  # in the first epoch, at the end of one, within a later one

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOISE, ROOT, STAGES, TRACKS, flags, read_metrics
+from conftest import MICRO_STEPS, NOISE, ROOT, STAGES, TRACKS, flags, read_metrics
 
 
 class FakeTime:
@@ -92,6 +92,7 @@ def test_a_smaller_device_batch_is_the_same_mathematics(track, small):
     losses = {}
     for device_batch in (0, 1):
         values = {"device_batch": device_batch, "run_name": f"run{device_batch}", "dtype": "float64"}
+        values |= MICRO_STEPS[track.TRACK]
         assert track.main(flags(**small | values)) == 0
         steps, _ = read_metrics(Path(small["runs_dir"]) / f"run{device_batch}")
         losses[device_batch] = [line["train_loss_with_mtp"] for line in steps]
