@@ -169,6 +169,11 @@ def test_dropout(model):
     assert torch.equal(torch.compile(model.dropout, backend="eager", fullgraph=True)(x, 0.2), y)
 
 
+def test_each_script_has_a_dropout_operator_of_its_own():
+    """Registered under one name, the second script's would pull the first's from under it."""
+    assert (root._DROPOUT, tiny._DROPOUT) == ("slowrun_model::dropout", "slowrun_tiny_train::dropout")
+
+
 def test_dropout_is_off_in_validation(track, small_model):
     noisy = track.GPT(small_config(track, dropout=0.5)).double()
     noisy.load_state_dict(small_model.state_dict())

@@ -364,8 +364,13 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+# An operator is registered once in a process, so that of each script has the module in its name.
+# Copied from model.py: _DROPOUT
+_DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"
+
+
 # Copied from model.py: _dropout
-@torch.library.custom_op("slowrun::dropout", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@torch.library.custom_op(_DROPOUT, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return torch.native_dropout(x, p, True)
 
