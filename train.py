@@ -2,7 +2,7 @@
 
     python prepare_data.py                                  # once: writes fineweb_data/
     torchrun --standalone --nproc_per_node=8 train.py       # the current record. Published: 3.183 in 59.3 minutes
-    python train.py --demo                                  # every technique at toy size, on a CPU (data: make demo)
+    python train.py --demo                                  # toy size, on a CPU (after prepare_data.py --source demo)
 
 1, 2, 4 or 8 processes compute the same thing: a batch is that of 8 virtual ranks, which the processes share. Every
 field of Config, and of GPTConfig in model.py, is a flag: see --help. A run writes runs/<name>/, and one that was
@@ -148,7 +148,7 @@ def check_config(c: Config) -> None:
     )
     rows, of = (c.micro_batch // 2, "half of micro_batch") if c.halves_batches else (c.micro_batch, "micro_batch")
     fits = rows % c.device_rows == 0  # all passes have one shape
-    require(fits, f"device_batch {c.device_batch} does not divide {of}, {rows}")
+    require(fits, f"device_batch {c.device_batch} does not divide {of}, {rows}: change --device-batch")
     parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.readout_epochs}
     over = [f"{flag} {value}" for flag, value in parts.items() if value > c.num_epochs]
     require(not over, f"{' and '.join(over)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
@@ -161,7 +161,7 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in about
     "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
     "replay_start": 2, "replay_end": 3, "replay_loops": 2, "replay_from_epoch": 4, "stochastic_depth": 0.05,
     "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 4, "eval_batch": 16, "val_sequences": 496,
-    "lr_multiplier": 1.0, "weight_decay": 0.3, "compile": "off", "eval_initial": True, "log_every": 10,
+    "lr_multiplier": 1.0, "weight_decay": 0.3, "time_cap_min": 0.0, "compile": "off", "eval_initial": True,
 }  # fmt: skip
 RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
 
@@ -183,7 +183,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     usage = "%(prog)s [--demo | --resume RUN_DIR] [--FLAG VALUE ...]"
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--demo", action="store_true", help="toy size, for a CPU (data: make demo)")
+    parser.add_argument(
+        "--demo", action="store_true", help="toy size, for a CPU; before it: python prepare_data.py --source demo"
+    )
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     for name, hint in typing.get_type_hints(Config).items():
         default, text = getattr(Config, name), field_comments()[name].replace("%", "%%")
@@ -914,8 +916,9 @@ def load_members(run_dir: str | Path, device: str | torch.device):
     is loaded (ValueError after that). The weights sum to 1, and MIXING says how the members are mixed.
     """
     run_dir, device = Path(run_dir), torch.device(device)
-    config = Config(**json.loads((run_dir / "config.json").read_text())["config"])
-    final = json.loads((run_dir / "final" / "members.json").read_text())
+    saved = json.loads((run_dir / "config.json").read_text())
+    require(saved["track"] == TRACK, f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
+    config, final = Config(**saved["config"]), json.loads((run_dir / "final" / "members.json").read_text())
     dtype = compute_dtype(config, device)
     kernels = choose_kernels(dataclasses.replace(config, attention="auto"), device, dtype)
     model = build(config, device, dtype, **kernels).eval()
@@ -1037,7 +1040,10 @@ def read_config(folder: str) -> dict:
 def open_run(folder: str, given: dict) -> dict:
     """As create_run, of a run that this script and these flags can continue; ValueError says why they cannot."""
     saved, result = read_config(folder), Path(folder) / "result.json"
-    require(saved["track"] == TRACK, f"{folder} is a run of the {saved['track']} track, and this script trains {TRACK}")
+    other = (
+        f"{folder} is a run of the {saved['track']} track: resume it with that track's train.py, this one is {TRACK}'s"
+    )
+    require(saved["track"] == TRACK, other)
     fixed = {k: v for k, v in given.items() if k not in RESUME_MAY_CHANGE and v != saved["config"].get(k)}
     other = ", ".join(f"{k} {saved['config'].get(k)!r}, now {v!r}" for k, v in fixed.items())
     require(not fixed, f"{folder} was started with other settings ({other}): leave them out, or start a new run")

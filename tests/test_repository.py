@@ -44,6 +44,13 @@ def test_the_small_model_is_accepted():
     assert train.Config(**given).n_layer == 6
 
 
+def test_the_small_tiny_model_is_accepted():
+    text = (ROOT / "tiny/README.md").read_text()
+    (command,) = re.findall(r"`python tiny/train.py (--data-dir my_data [^`]*)`", text)
+    given, _ = tiny.parse_arguments(command.split())
+    assert tiny.Config(**given).n_layer == 6
+
+
 @EACH
 def test_names_in_the_code_exist(readme):
     names = re.findall(r"`(train|model)\.([\w.]+)`", (ROOT / readme).read_text())

@@ -423,7 +423,7 @@ BAD_FLAGS_OF = {  # of one track
         ({"ema_decay": 1.0}, "--ema-decay 1.0 is not between 0 and 1"),
         ({"passes_from": 1.5}, "--passes-from 1.5 is more than 1"),
         ({"mtp_until": 0.0}, "--mtp-until 0.0 must be positive"),
-        ({"head": "fp8"}, "--head fp8 needs bfloat16, n_embd and sequence_len in multiples of 16, and a GPU"),
+        ({"head": "fp8"}, "here are float32, 32, 32, cpu: change them, or --head plain"),
     ],
 }
 ALL_BAD_FLAGS = [(name, *bad) for name in TRACKS for bad in BAD_FLAGS + BAD_FLAGS_OF[name]]

@@ -109,6 +109,11 @@ def test_members_give_the_claimed_loss(track, small):
         assert weights == pytest.approx({"probability": [1 / 3, 2 / 3], "weight": [1.0]}[track.MIXING])
         nats = -mixture.gather(-1, sequences[:, 1:, None]).log().mean().item()
         assert nats == pytest.approx(claimed, abs=1e-6)
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | {"track": "other"}))
+    with pytest.raises(ValueError, match="is a run of the other track: use that track's load_members"):
+        next(track.load_members(folder, "cpu"))
+    (folder / "config.json").write_text(json.dumps(saved))
     if track.MIXING == "probability":
         (_, first), _ = track.load_members(folder, "cpu")
         with pytest.raises(ValueError, match="use them one at a time"):

@@ -2,7 +2,7 @@
 
     python prepare_data.py                                  # once: writes fineweb_data/
     torchrun --standalone --nproc_per_node=8 tiny/train.py  # the current record. Published: 3.295 in 14.2 minutes
-    python tiny/train.py --demo                             # every technique at toy size, on a CPU (data: make demo)
+    python tiny/train.py --demo                             # toy size, on a CPU (after prepare_data.py --source demo)
 
 1, 2, 4 or 8 processes compute the same thing: a batch is that of 8 virtual ranks, which the processes share. Every
 field of Config is a flag: see --help. A run writes runs/<name>/, and one that was stopped or killed goes on with
@@ -171,7 +171,7 @@ class Config(GPTConfig):
         require(
             0 <= self.decay_hold <= self.decay_low <= self.num_epochs,
             f"--decay-hold {self.decay_hold} and --decay-low {self.decay_low} must be in this order, from 0 to "
-            f"--num-epochs {self.num_epochs}",
+            f"--num-epochs {self.num_epochs}: lower them, or train longer",
         )
         require(self.weight_decay > 0, f"--weight-decay {self.weight_decay}: its schedule is relative to it, not 0")
         for name in ("ema_every", "mtp_until"):
@@ -221,7 +221,7 @@ def check_config(c: Config) -> None:
     )
     rows, of = (c.micro_batch // 2, "half of micro_batch") if c.halves_batches else (c.micro_batch, "micro_batch")
     fits = rows % c.device_rows == 0  # all passes have one shape
-    require(fits, f"device_batch {c.device_batch} does not divide {of}, {rows}")
+    require(fits, f"device_batch {c.device_batch} does not divide {of}, {rows}: change --device-batch")
     parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.readout_epochs}
     over = [f"{flag} {value}" for flag, value in parts.items() if value > c.num_epochs]
     require(not over, f"{' and '.join(over)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
@@ -235,7 +235,7 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in less 
     "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
     "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 8, "eval_batch": 16, "val_sequences": 496,
     "lr_multiplier": 4.0, "swa_epochs": 2, "readout_epochs": 2, "decay_hold": 1, "decay_low": 3, "weight_decay": 0.3,
-    "decay_end_value": 0.35, "compile": "off", "eval_initial": True, "log_every": 10,
+    "decay_end_value": 0.35, "time_cap_min": 0.0, "compile": "off", "eval_initial": True,
 }  # fmt: skip
 # Copied from train.py: RESUME_MAY_CHANGE
 RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
@@ -260,7 +260,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     usage = "%(prog)s [--demo | --resume RUN_DIR] [--FLAG VALUE ...]"
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--demo", action="store_true", help="toy size, for a CPU (data: make demo)")
+    parser.add_argument(
+        "--demo", action="store_true", help="toy size, for a CPU; before it: python prepare_data.py --source demo"
+    )
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     for name, hint in typing.get_type_hints(Config).items():
         default, text = getattr(Config, name), field_comments()[name].replace("%", "%%")
@@ -927,8 +929,9 @@ def choose_head(wanted: str, config: GPTConfig, device: torch.device, dtype: tor
     cuda = device.type == "cuda"
     fits = dtype == torch.bfloat16 and config.n_embd % 16 == 0 == config.sequence_len % 16
     able = fits and (not cuda or torch.cuda.get_device_capability(device) >= (8, 9))
-    needs = "bfloat16, n_embd and sequence_len in multiples of 16, and a GPU of compute capability 8.9 or a CPU"
-    require(able or wanted != "fp8", f"--head fp8 needs {needs}")
+    needs = "--dtype bfloat16, --n-embd and --sequence-len in multiples of 16, a GPU of compute capability 8.9 or a CPU"
+    found = f"{str(dtype).removeprefix('torch.')}, {config.n_embd}, {config.sequence_len}, {device.type}"
+    require(able or wanted != "fp8", f"--head fp8 needs {needs}; here are {found}: change them, or --head plain")
     return wanted if wanted != "auto" else "fp8" if able and cuda else "plain"
 
 
@@ -1679,8 +1682,9 @@ def load_members(run_dir: str | Path, device: str | torch.device):
     log_probs maps tokens (B, T) int64 to log-probabilities of the next token (B, T, V) float32.
     """
     run_dir, device = Path(run_dir), torch.device(device)
-    config = Config(**json.loads((run_dir / "config.json").read_text())["config"])
-    final = json.loads((run_dir / "final" / "members.json").read_text())
+    saved = json.loads((run_dir / "config.json").read_text())
+    require(saved["track"] == TRACK, f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
+    config, final = Config(**saved["config"]), json.loads((run_dir / "final" / "members.json").read_text())
     dtype = compute_dtype(config, device)
     kernels = choose_kernels(dataclasses.replace(config, attention="auto", head="plain"), device, dtype)
     model = build(config, device, dtype, **kernels).eval()
@@ -1812,7 +1816,10 @@ def read_config(folder: str) -> dict:
 def open_run(folder: str, given: dict) -> dict:
     """As create_run, of a run that this script and these flags can continue; ValueError says why they cannot."""
     saved, result = read_config(folder), Path(folder) / "result.json"
-    require(saved["track"] == TRACK, f"{folder} is a run of the {saved['track']} track, and this script trains {TRACK}")
+    other = (
+        f"{folder} is a run of the {saved['track']} track: resume it with that track's train.py, this one is {TRACK}'s"
+    )
+    require(saved["track"] == TRACK, other)
     fixed = {k: v for k, v in given.items() if k not in RESUME_MAY_CHANGE and v != saved["config"].get(k)}
     other = ", ".join(f"{k} {saved['config'].get(k)!r}, now {v!r}" for k, v in fixed.items())
     require(not fixed, f"{folder} was started with other settings ({other}): leave them out, or start a new run")
