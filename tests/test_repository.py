@@ -46,8 +46,8 @@ def test_the_small_model_is_accepted():
 
 def test_the_small_tiny_model_is_accepted():
     text = (ROOT / "tiny/README.md").read_text()
-    (command,) = re.findall(r"`python tiny/train.py (--data-dir my_data [^`]*)`", text)
-    given, _ = tiny.parse_arguments(command.split())
+    (command,) = re.findall(r"^python tiny/train.py (--data-dir my_data(?:.*\\\n)*.*)", text, re.MULTILINE)
+    given, _ = tiny.parse_arguments(command.replace("\\\n", " ").split())
     assert tiny.Config(**given).n_layer == 6
 
 
