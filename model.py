@@ -111,8 +111,7 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-# An operator is registered once in a process, so that of each script has the module in its name.
-_DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"
+_DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"  # each module needs its own name
 
 
 @torch.library.custom_op(_DROPOUT, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

@@ -228,9 +228,10 @@ class World:
         share = VIRTUAL_RANKS // self.size
         return range(self.rank * share, (self.rank + 1) * share)
 
-    def seed(self, seed: int) -> None:
+    def seed(self, value: int) -> None:
         """Set the random state of the device alone, from which dropout draws."""
-        torch.cuda.manual_seed(seed) if self.cuda else torch.default_generator.manual_seed(seed)
+        seed = torch.cuda.manual_seed if self.cuda else torch.default_generator.manual_seed
+        seed(value)
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over the processes in float64, the same in all of them. Serves as a barrier too."""
@@ -282,7 +283,8 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
-FALLBACKS = {"attention": ("sdpa", "varlen")}  # what computes where the faster one does not run
+# What computes everywhere, what is faster, how far that may be off, and the function that says how far it is
+KERNELS = {"attention": ("sdpa", "varlen", 0.05, attention_error)}
 
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -290,15 +292,17 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
     return {"attention": choose_attention(config.attention, config, device, dtype)}
 
 
-def check_kernels(config: Config, device: torch.device, attention: str) -> None:
+def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
     """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
-    try:
-        error = attention_error(config, device, attention) if attention != "sdpa" else 0.0
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as failure:
-        raise ValueError(f"attention {attention} fails here ({failure}): use --attention sdpa") from failure
-    require(error < 0.05, f"attention {attention} is wrong here, by {error:g}: use --attention sdpa, and report it")
+    for name, kernel in kernels.items():
+        fallback, _, limit, error_of = KERNELS[name]
+        try:
+            error = error_of(config, device, kernel) if kernel != fallback else 0.0
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failure:
+            raise ValueError(f"{name} {kernel} fails here ({failure}): use --{name} {fallback}") from failure
+        require(error < limit, f"{name} {kernel} is wrong here, by {error:g}: use --{name} {fallback}, and report it")
 
 
 def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
@@ -386,15 +390,18 @@ def polar_express(x: Tensor) -> Tensor:
     return x
 
 
-def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
-    """A Muon step, in place: the momentum, made orthogonal, evened out over rows (or columns); cautious weight decay.
-
-    p, grad, momentum (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay, mu (); dtype is that
-    of the orthogonalisation. Row norms: MuonEq-R (arXiv 2603.28254). Variance: NorMuon (arXiv 2510.05491).
-    """
+def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
+    """Updates the momentum in place -> the direction that looks ahead of it."""
     momentum.copy_(mu * momentum + (1 - mu) * grad)
-    u = (1 - mu) * grad + mu * momentum  # Nesterov
-    u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return (1 - mu) * grad + mu * momentum
+
+
+def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
+    """Moves p along u, made orthogonal and evened out over rows (or columns); cautious weight decay. In place.
+
+    p, u (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay (); dtype is that of the
+    orthogonalisation. Variance: NorMuon (arXiv 2510.05491).
+    """
     u = u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     x = polar_express(u.to(dtype)).to(p.dtype)
     variance = x.square().mean(dim=-1 if x.size(-2) >= x.size(-1) else -2, keepdim=True)
@@ -403,6 +410,13 @@ def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dt
     norms = [v.sum(dim=(-2, -1), keepdim=True).sqrt() for v in (variance, variance * scale * scale)]
     x = x * (scale * norms[0] / norms[1].clamp_min(1e-10))  # keeps the Frobenius norm
     p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
+
+
+def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
+    """A Muon step, in place: see orthogonal_step. Row norms before it: MuonEq-R (arXiv 2603.28254)."""
+    u = nesterov(grad, momentum, mu)
+    u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    orthogonal_step(p, u, second, lr, weight_decay, dtype)
 
 
 def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, step) -> None:
@@ -909,6 +923,16 @@ def mix(nats: list[Tensor], weights: list[float]) -> Tensor:
     return -torch.logsumexp(torch.stack(logs), dim=0)
 
 
+def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeights, dict]:
+    """-> (The model of a finished run, not filled; its compute weights, to refresh then; members.json)."""
+    saved = json.loads((run_dir / "config.json").read_text())
+    require(saved["track"] == TRACK, f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
+    config, final = Config(**saved["config"]), json.loads((run_dir / "final" / "members.json").read_text())
+    dtype = compute_dtype(config, device)
+    model = build(config, device, dtype, attention=choose_attention("auto", config, device, dtype)).eval()
+    return model, ComputeWeights(model, dtype, requires_grad=False), final
+
+
 def load_members(run_dir: str | Path, device: str | torch.device):
     """The members of a finished run's readout, loaded one at a time: yields (weight, log_probs).
 
@@ -916,13 +940,7 @@ def load_members(run_dir: str | Path, device: str | torch.device):
     is loaded (ValueError after that). The weights sum to 1, and MIXING says how the members are mixed.
     """
     run_dir, device = Path(run_dir), torch.device(device)
-    saved = json.loads((run_dir / "config.json").read_text())
-    require(saved["track"] == TRACK, f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
-    config, final = Config(**saved["config"]), json.loads((run_dir / "final" / "members.json").read_text())
-    dtype = compute_dtype(config, device)
-    kernels = choose_kernels(dataclasses.replace(config, attention="auto"), device, dtype)
-    model = build(config, device, dtype, **kernels).eval()
-    weights = ComputeWeights(model, dtype, requires_grad=False)
+    model, weights, final = load_finished(run_dir, device)
 
     @torch.no_grad()
     def log_probs(member: dict, tokens: Tensor) -> Tensor:
@@ -1623,6 +1641,11 @@ class Trainer:
         }  # fmt: skip
 
 
+def recency_weights(members: list[dict]) -> list[float]:
+    """1:2:3..., the newest heaviest; they sum to 1."""
+    return [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
+
+
 def add_to_average(trainer: Trainer, weight: float) -> None:
     """Add the model's weights to an average, in the memory of the gradients, which have no other use any more."""
     for bucket in trainer.optimizer.buckets:
@@ -1644,7 +1667,7 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     the same with equal weights, and the loss of the members' average weights.
     """
     members, eval_sets = trainer.members[-trainer.config.readout_epochs :], trainer.eval_sets
-    weights = [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
+    weights = recency_weights(members)
     how, nats = stage(trainer.plan, trainer.step - 1), {name: [] for name in eval_sets}
     losses = partial(trainer.token_losses, **how)
     for weight, member in zip(weights, members, strict=True):
@@ -1688,7 +1711,7 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wa
     device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     compiled = "compiled" if trainer.compiled else "not compiled"
     kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
-    for name, (fallback, fast) in FALLBACKS.items():
+    for name, (fallback, fast, *_) in KERNELS.items():
         if world.cuda and (trainer.kernels[name], getattr(c, name)) == (fallback, "auto"):
             kernels += f" (slower: --{name} {fast} says why not {fast})"
     lines = {

@@ -241,8 +241,8 @@ def test_scales_leave_room():
 def test_check_kernels_finds_a_wrong_fp8_head(monkeypatch):
     """By this the warm-up checks a GPU's fp8: small for the right one; one wrong product, or an error, is refused."""
     config, cpu = tiny.Config(vocab_size=VOCAB, n_embd=64, n_head=2), torch.device("cpu")
-    assert 0.0 < tiny.head_error(config, cpu) < 0.1
-    tiny.check_kernels(config, cpu, "sdpa", "fp8")
+    assert 0.0 < tiny.head_error(config, cpu, "fp8") < 0.1
+    tiny.check_kernels(config, cpu, attention="sdpa", head="fp8")
     product = tiny.fp8_product
 
     def one_wrong(a, b, scale, fast=False):
@@ -250,15 +250,15 @@ def test_check_kernels_finds_a_wrong_fp8_head(monkeypatch):
 
     monkeypatch.setattr(tiny, "fp8_product", one_wrong)
     with pytest.raises(ValueError, match="head fp8 is wrong here, by "):
-        tiny.check_kernels(config, cpu, "sdpa", "fp8")
+        tiny.check_kernels(config, cpu, attention="sdpa", head="fp8")
 
     def fail(*args, **options):
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 
     monkeypatch.setattr(tiny, "fp8_product", fail)
     with pytest.raises(ValueError, match=r"head fp8 fails here \(CUBLAS_STATUS_NOT_SUPPORTED\): use --head plain"):
-        tiny.check_kernels(config, cpu, "sdpa", "fp8")
-    tiny.check_kernels(config, cpu, "sdpa", "plain")
+        tiny.check_kernels(config, cpu, attention="sdpa", head="fp8")
+    tiny.check_kernels(config, cpu, attention="sdpa", head="plain")
 
 
 def test_choosing_the_head(monkeypatch):

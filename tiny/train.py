@@ -128,7 +128,7 @@ class Config(GPTConfig):
     num_epochs: int = 15  # passes over the training data
     batch_tokens: int = 524288  # tokens of an optimizer step
     micro_batch: int = 32  # sequences of a micro-step of one of the 8 virtual ranks
-    device_batch: int = 0  # sequences of a forward pass: fewer save memory, same mathematics (0: micro_batch)
+    device_batch: int = 0  # sequences of a forward pass: fewer save memory, same mathematics (0: all)
     eval_batch: int = 8  # sequences of a forward pass in validation, per process
     eval_initial: bool = False  # validate before the first step too
     seed: int = 42  # seed of the initial weights and dropout; the data order has none
@@ -306,9 +306,10 @@ class World:
         share = VIRTUAL_RANKS // self.size
         return range(self.rank * share, (self.rank + 1) * share)
 
-    def seed(self, seed: int) -> None:
+    def seed(self, value: int) -> None:
         """Set the random state of the device alone, from which dropout draws."""
-        torch.cuda.manual_seed(seed) if self.cuda else torch.default_generator.manual_seed(seed)
+        seed = torch.cuda.manual_seed if self.cuda else torch.default_generator.manual_seed
+        seed(value)
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums over the processes in float64, the same in all of them. Serves as a barrier too."""
@@ -366,9 +367,8 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-# An operator is registered once in a process, so that of each script has the module in its name.
 # Copied from model.py: _DROPOUT
-_DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"
+_DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"  # each module needs its own name
 
 
 # Copied from model.py: _dropout
@@ -935,10 +935,6 @@ def choose_head(wanted: str, config: GPTConfig, device: torch.device, dtype: tor
     return wanted if wanted != "auto" else "fp8" if able and cuda else "plain"
 
 
-# Adapted from train.py: FALLBACKS -- the head too
-FALLBACKS = {"attention": ("sdpa", "varlen"), "head": ("plain", "fp8")}  # what computes where the faster one does not
-
-
 # Adapted from train.py: choose_kernels -- the head too
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
@@ -966,8 +962,8 @@ def attention_error(config: GPTConfig, device: torch.device, backend: str) -> fl
     return worst
 
 
-def head_error(config: GPTConfig, device: torch.device) -> float:
-    """Largest error of the fp8 head, of its loss and its gradients, on random numbers.
+def head_error(config: GPTConfig, device: torch.device, head: str) -> float:
+    """Largest error of a head in bfloat16, of its loss and its gradients, on random numbers.
 
     The reference is the plain head in float32; the loss' error is relative to it, the gradients' are to their norms.
     """
@@ -976,27 +972,33 @@ def head_error(config: GPTConfig, device: torch.device) -> float:
     lm_head = 0.02 * torch.randn(config.n_embd, config.padded_vocab, generator=generator, device=device)
     targets = torch.randint(config.vocab_size, (512, 3), generator=generator, device=device)
     weights, results = torch.tensor([1.0, 0.5, 0.25], device=device), []
-    for head, dtype in (("fp8", torch.bfloat16), ("plain", torch.float32)):
-        settings = {"vocab_size": config.vocab_size, "cap": config.logit_cap, "head": head}
+    for name, dtype in ((head, torch.bfloat16), ("plain", torch.float32)):
+        settings = {"vocab_size": config.vocab_size, "cap": config.logit_cap, "head": name}
         loss, _, *grads = head_chunk(x.to(dtype), lm_head.to(dtype), targets, weights, **settings)
         results.append([loss, *grads])
     pairs = zip(*results, strict=True)
     return max(((found.float() - expected).norm() / expected.norm()).item() for found, expected in pairs)
 
 
-# Adapted from train.py: check_kernels -- the head too
-def check_kernels(config: Config, device: torch.device, attention: str, head: str) -> None:
+# Adapted from train.py: KERNELS -- the head too
+KERNELS = {  # what computes everywhere, what is faster, how far that may be off, the function that says how far it is
+    "attention": ("sdpa", "varlen", 0.05, attention_error),
+    "head": ("plain", "fp8", 0.2, head_error),
+}
+
+
+# Copied from train.py: check_kernels
+def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
     """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
-    checks = {f"attention {attention}": (partial(attention_error, config, device, attention), 0.05, "--attention sdpa")}
-    checks |= {f"head {head}": (partial(head_error, config, device), 0.2, "--head plain")}
-    for name, (error_of, limit, instead) in checks.items():
+    for name, kernel in kernels.items():
+        fallback, _, limit, error_of = KERNELS[name]
         try:
-            error = error_of() if name not in ("attention sdpa", "head plain") else 0.0
+            error = error_of(config, device, kernel) if kernel != fallback else 0.0
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failure:
-            raise ValueError(f"{name} fails here ({failure}): use {instead}") from failure
-        require(error < limit, f"{name} is wrong here, by {error:g}: use {instead}, and report it")
+            raise ValueError(f"{name} {kernel} fails here ({failure}): use --{name} {fallback}") from failure
+        require(error < limit, f"{name} {kernel} is wrong here, by {error:g}: use --{name} {fallback}, and report it")
 
 
 # Adapted from model.py: flops_per_token -- passes
@@ -1103,15 +1105,20 @@ def polar_express(x: Tensor) -> Tensor:
     return x
 
 
-# Adapted from train.py: muon_update -- without the row normalisation
-def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
-    """A Muon step, in place: the momentum, made orthogonal, evened out over rows (or columns); cautious weight decay.
-
-    p, grad, momentum (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay, mu (); dtype is that
-    of the orthogonalisation. Variance: NorMuon (arXiv 2510.05491).
-    """
+# Copied from train.py: nesterov
+def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
+    """Updates the momentum in place -> the direction that looks ahead of it."""
     momentum.copy_(mu * momentum + (1 - mu) * grad)
-    u = (1 - mu) * grad + mu * momentum  # Nesterov
+    return (1 - mu) * grad + mu * momentum
+
+
+# Copied from train.py: orthogonal_step
+def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
+    """Moves p along u, made orthogonal and evened out over rows (or columns); cautious weight decay. In place.
+
+    p, u (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay (); dtype is that of the
+    orthogonalisation. Variance: NorMuon (arXiv 2510.05491).
+    """
     u = u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     x = polar_express(u.to(dtype)).to(p.dtype)
     variance = x.square().mean(dim=-1 if x.size(-2) >= x.size(-1) else -2, keepdim=True)
@@ -1120,6 +1127,12 @@ def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dt
     norms = [v.sum(dim=(-2, -1), keepdim=True).sqrt() for v in (variance, variance * scale * scale)]
     x = x * (scale * norms[0] / norms[1].clamp_min(1e-10))  # keeps the Frobenius norm
     p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
+
+
+# Adapted from train.py: muon_update -- without the row normalisation
+def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
+    """A Muon step, in place: see orthogonal_step."""
+    orthogonal_step(p, nesterov(grad, momentum, mu), second, lr, weight_decay, dtype)
 
 
 # Copied from train.py: adamw_update
@@ -1674,6 +1687,17 @@ def member_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
     return p.dtype
 
 
+# Copied from train.py: load_finished
+def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeights, dict]:
+    """-> (The model of a finished run, not filled; its compute weights, to refresh then; members.json)."""
+    saved = json.loads((run_dir / "config.json").read_text())
+    require(saved["track"] == TRACK, f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
+    config, final = Config(**saved["config"]), json.loads((run_dir / "final" / "members.json").read_text())
+    dtype = compute_dtype(config, device)
+    model = build(config, device, dtype, attention=choose_attention("auto", config, device, dtype)).eval()
+    return model, ComputeWeights(model, dtype, requires_grad=False), final
+
+
 # Adapted from train.py: load_members -- the average of their weights is one model
 @torch.no_grad()
 def load_members(run_dir: str | Path, device: str | torch.device):
@@ -1682,19 +1706,13 @@ def load_members(run_dir: str | Path, device: str | torch.device):
     log_probs maps tokens (B, T) int64 to log-probabilities of the next token (B, T, V) float32.
     """
     run_dir, device = Path(run_dir), torch.device(device)
-    saved = json.loads((run_dir / "config.json").read_text())
-    require(saved["track"] == TRACK, f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
-    config, final = Config(**saved["config"]), json.loads((run_dir / "final" / "members.json").read_text())
-    dtype = compute_dtype(config, device)
-    kernels = choose_kernels(dataclasses.replace(config, attention="auto", head="plain"), device, dtype)
-    model = build(config, device, dtype, **kernels).eval()
+    model, weights, final = load_finished(run_dir, device)
     average: dict[str, Tensor] = {}
     for member in final["members"]:
         for name, p in load_file(run_dir / "final" / member["file"]).items():
             p = p.to(torch.promote_types(p.dtype, torch.float32)) * member["weight"]
             average[name] = average[name] + p if name in average else p
     model.load_state_dict(average)
-    weights = ComputeWeights(model, dtype, requires_grad=False)
     weights.refresh()
 
     @torch.no_grad()
@@ -2406,6 +2424,12 @@ class Trainer:
         }  # fmt: skip
 
 
+# Copied from train.py: recency_weights
+def recency_weights(members: list[dict]) -> list[float]:
+    """1:2:3..., the newest heaviest; they sum to 1."""
+    return [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
+
+
 # Copied from train.py: add_to_average
 def add_to_average(trainer: Trainer, weight: float) -> None:
     """Add the model's weights to an average, in the memory of the gradients, which have no other use any more."""
@@ -2431,7 +2455,7 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     the run's weights.
     """
     members, eval_sets = trainer.members[-trainer.config.readout_epochs :], trainer.eval_sets
-    weights = [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
+    weights = recency_weights(members)
     how = stage(trainer.plan, trainer.step - 1)
 
     def use_ema() -> None:
@@ -2493,7 +2517,7 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wa
     device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     compiled = "compiled" if trainer.compiled else "not compiled"
     kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
-    for name, (fallback, fast) in FALLBACKS.items():
+    for name, (fallback, fast, *_) in KERNELS.items():
         if world.cuda and (trainer.kernels[name], getattr(c, name)) == (fallback, "auto"):
             kernels += f" (slower: --{name} {fast} says why not {fast})"
     lines = {
