@@ -57,26 +57,7 @@ class GPTConfig:
     replay_loops: int = 2  # how often layer replay repeats them
 
     def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        require(min(sizes.values()) > 0 and self.replay_loops >= 0, f"sizes must be positive: {sizes}")
-        require(self.sequence_len >= 4, f"sequence_len {self.sequence_len} is too short: at least 4 are needed")
-        require(
-            self.n_embd % (2 * self.n_head) == 0,
-            f"n_embd {self.n_embd} / n_head {self.n_head} = {self.n_embd / self.n_head:g}: a head needs an even number "
-            "of dimensions, change --n-embd or --n-head",
-        )
-        require(self.n_embd >= 32, f"n_embd {self.n_embd} is too small: gates read the first 32 dimensions")
-        require(self.n_layer % 2 == 0, f"n_layer {self.n_layer} is odd: the U-Net pairs layers, change --n-layer")
-        letters = set(self.window_pattern)
-        require(letters and letters <= set("SL"), f"window_pattern {self.window_pattern!r} must be of letters S and L")
-        require(
-            self.n_layer // 2 <= self.replay_start < self.replay_end <= self.n_layer,
-            f"replay range [{self.replay_start}, {self.replay_end}) is not inside the decoder, layers "
-            f"{self.n_layer // 2} to {self.n_layer - 1}: change --replay-start and --replay-end",
-        )
-        for name in ("dropout", "stochastic_depth"):
-            require(0 <= getattr(self, name) < 1, f"{name} {getattr(self, name)} is not in [0, 1)")
-        require(self.logit_cap > 0 and self.mtp_weight >= 0, "logit_cap must be positive, mtp_weight not negative")
+        check_model(self)
 
     @property
     def padded_vocab(self) -> int:
@@ -99,6 +80,30 @@ class GPTConfig:
         """Layers in the order in which they run, replayed ones repeated."""
         replayed = list(range(self.replay_start, self.replay_end)) * (self.replay_loops if replay else 0)
         return [*range(self.replay_end), *replayed, *range(self.replay_end, self.n_layer)]
+
+
+def check_model(c: GPTConfig) -> None:
+    """Refuse sizes that do not go together (ValueError)."""
+    sizes = {name: getattr(c, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    require(min(sizes.values()) > 0 and c.replay_loops >= 0, f"sizes must be positive: {sizes}")
+    require(c.sequence_len >= 4, f"sequence_len {c.sequence_len} is too short: at least 4 are needed")
+    require(
+        c.n_embd % (2 * c.n_head) == 0,
+        f"n_embd {c.n_embd} / n_head {c.n_head} = {c.n_embd / c.n_head:g}: a head needs an even number "
+        "of dimensions, change --n-embd or --n-head",
+    )
+    require(c.n_embd >= 32, f"n_embd {c.n_embd} is too small: gates read the first 32 dimensions")
+    require(c.n_layer % 2 == 0, f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer")
+    letters = set(c.window_pattern)
+    require(letters and letters <= set("SL"), f"window_pattern {c.window_pattern!r} must be of letters S and L")
+    require(
+        c.n_layer // 2 <= c.replay_start < c.replay_end <= c.n_layer,
+        f"replay range [{c.replay_start}, {c.replay_end}) is not inside the decoder, layers "
+        f"{c.n_layer // 2} to {c.n_layer - 1}: change --replay-start and --replay-end",
+    )
+    for name in ("dropout", "stochastic_depth"):
+        require(0 <= getattr(c, name) < 1, f"{name} {getattr(c, name)} is not in [0, 1)")
+    require(c.logit_cap > 0 and c.mtp_weight >= 0, "logit_cap must be positive, mtp_weight not negative")
 
 
 # ======================================================================================================================
@@ -183,14 +188,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def attention(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, window: int, n_head: int, backend: str):
+def attention(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, n_head: int, **settings) -> Tensor:
     """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
     B, T, C = x.shape
     q, k, v = (t.view(B, T, n_head, C // n_head) for t in F.linear(x, w["qkv"]).chunk(3, dim=-1))
     if ve is not None:  # value residual (arXiv 2410.17897) with a gate per head, at first 2 * sigmoid(0) = 1
         v = v + 2 * torch.sigmoid(F.linear(x[..., :32], w["ve_gate"])).unsqueeze(-1) * ve.view_as(v)
     q, k = norm(rotate(q, rotary)).to(v.dtype), norm(rotate(k, rotary)).to(v.dtype)
-    y = attend(q, k, v, window, backend)
+    y = attend(q, k, v, **settings)
     y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)  # head gates (arXiv 2505.06708)
     return F.linear(y.reshape(B, T, C), w["attn_proj"])
 
@@ -201,9 +206,9 @@ def swiglu(w: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, w["mlp_proj"])
 
 
-def block(w: dict[str, Tensor], x: Tensor, ve, rotary, *, window: int, n_head: int, dropout_p: float, backend: str):
+def block(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, dropout_p: float, **settings) -> Tensor:
     """Attention and MLP, each on the normed stream and added to it: (B, T, C) -> (B, T, C)."""
-    x = x + dropout(attention(w, norm(x), ve, rotary, window, n_head, backend), dropout_p)
+    x = x + dropout(attention(w, norm(x), ve, rotary, **settings), dropout_p)
     return x + dropout(swiglu(w, norm(x)), dropout_p)
 
 
@@ -451,7 +456,7 @@ class GPT(nn.Module):
             self.mtp_block = Block(config, value_embedding=False)
         self._layer, self._mtp_layer = layer, mtp_layer
         self._cross_entropy, self._head_chunk = cross_entropy, head_chunk
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -501,16 +506,17 @@ class GPT(nn.Module):
 
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """The tables for `length` positions, made once per device and dtype."""
-        like, config = self.x0_lambdas, self.config
-        if self._rotary is None or (self._rotary[0].device, self._rotary[0].dtype) != (like.device, like.dtype):
-            self._rotary = rotary_tables(config.sequence_len, config.n_embd // config.n_head, like.device, like.dtype)
-        return self._rotary[0][:length], self._rotary[1][:length]
+        where, config = (self.x0_lambdas.device, self.x0_lambdas.dtype), self.config
+        if where not in self._rotary:
+            self._rotary[where] = rotary_tables(config.sequence_len, config.n_embd // config.n_head, *where)
+        cos, sin = self._rotary[where]
+        return cos[:length], sin[:length]
 
     def _settings(self, window: int) -> dict:
         dropout_p = self.config.dropout if self.training else 0.0
         return {"window": window, "n_head": self.config.n_head, "dropout_p": dropout_p, "backend": self.backend}
 
-    def trunk(self, w: Weights, tokens: Tensor, replay: bool, dropped: list[bool] | None = None) -> Tensor:
+    def trunk(self, w: Weights, tokens: Tensor, replay: bool = False, dropped: list[bool] | None = None) -> Tensor:
         """tokens (B, T) int64 -> final normed stream (B, T, C). dropped: a flag per layer call, see draw_dropped."""
         config, io, E = self.config, w["io"], self.config.n_layer // 2
         x = x0 = norm(F.embedding(tokens, io["wte"]))
@@ -552,16 +558,16 @@ class GPT(nn.Module):
         chunk = partial(self._head_chunk, weights=weights, **settings)
         return HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], targets.reshape(-1, 1), chunk)[0] / targets.numel()
 
-    def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, replay=False) -> Tensor:
+    def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, **how) -> Tensor:
         """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
         w = w or self.weights()
-        x = self.trunk(w, tokens, replay)
+        x = self.trunk(w, tokens, **how)
         return self._cross_entropy(x, w["io"]["lm_head"], targets, self.config.vocab_size, self.config.logit_cap)
 
-    def log_probs(self, tokens: Tensor, w: Weights | None = None, *, replay=False) -> Tensor:
+    def log_probs(self, tokens: Tensor, w: Weights | None = None, **how) -> Tensor:
         """tokens (B, T) int64 -> log-probabilities of the next token (B, T, V), float32 or wider."""
         w = w or self.weights()
-        x = self.trunk(w, tokens, replay)
+        x = self.trunk(w, tokens, **how)
         return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
 
 

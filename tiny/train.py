@@ -756,7 +756,7 @@ class GPT(nn.Module):
         self.xsa_alphas = nn.Parameter(torch.empty(L, config.n_head))
         self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in with_ve})
         self._layer, self._cross_entropy, self._head_chunk = layer, cross_entropy, head_chunk
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -798,10 +798,11 @@ class GPT(nn.Module):
     # Copied from model.py: GPT.rotary
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """The tables for `length` positions, made once per device and dtype."""
-        like, config = self.x0_lambdas, self.config
-        if self._rotary is None or (self._rotary[0].device, self._rotary[0].dtype) != (like.device, like.dtype):
-            self._rotary = rotary_tables(config.sequence_len, config.n_embd // config.n_head, like.device, like.dtype)
-        return self._rotary[0][:length], self._rotary[1][:length]
+        where, config = (self.x0_lambdas.device, self.x0_lambdas.dtype), self.config
+        if where not in self._rotary:
+            self._rotary[where] = rotary_tables(config.sequence_len, config.n_embd // config.n_head, *where)
+        cos, sin = self._rotary[where]
+        return cos[:length], sin[:length]
 
     # Copied from model.py: GPT._settings
     def _settings(self, window: int) -> dict:
@@ -824,7 +825,7 @@ class GPT(nn.Module):
                 encoded.append(x)
         return norm(x)
 
-    def trunk(self, w: Weights, tokens: Tensor, passes: int) -> Tensor:
+    def trunk(self, w: Weights, tokens: Tensor, passes: int = 1) -> Tensor:
         """tokens (B, T) int64 -> final normed stream (B, T, C).
 
         Each pass goes on from the result of the one before; the embedding x0 and the value embeddings stay those of the
@@ -857,16 +858,18 @@ class GPT(nn.Module):
         losses = HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], future.flatten(0, 1), chunk)
         return tuple(loss / targets.numel() for loss in losses)
 
-    def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, passes=1) -> Tensor:
+    # Copied from model.py: GPT.token_losses
+    def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, **how) -> Tensor:
         """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
         w = w or self.weights()
-        x = self.trunk(w, tokens, passes)
+        x = self.trunk(w, tokens, **how)
         return self._cross_entropy(x, w["io"]["lm_head"], targets, self.config.vocab_size, self.config.logit_cap)
 
-    def log_probs(self, tokens: Tensor, w: Weights | None = None, *, passes=1) -> Tensor:
+    # Copied from model.py: GPT.log_probs
+    def log_probs(self, tokens: Tensor, w: Weights | None = None, **how) -> Tensor:
         """tokens (B, T) int64 -> log-probabilities of the next token (B, T, V), float32 or wider."""
         w = w or self.weights()
-        x = self.trunk(w, tokens, passes)
+        x = self.trunk(w, tokens, **how)
         return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
 
 
@@ -1049,6 +1052,33 @@ def check_memory(config: Config, world: World) -> float:
     require(needed * world.size < there, f"{said}: {instead}")
     require(total < 1e8 or config.device == "cpu", f"{said}: {instead}. It fits, so --device cpu trains it, slowly")
     return needed
+
+
+# Copied from train.py: disk_gib
+def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
+    """GiB of (the weights that the readout keeps of an epoch, a checkpoint: weights and optimizer)."""
+    model = build(config, torch.device("meta"), dtype)
+    buckets = build_optimizer(config, model, World(0, 1, torch.device("meta")), dtype, compile=False).buckets
+    member = sum(p.numel() * member_dtype(name, p, dtype).itemsize for name, p in model.named_parameters())
+    tensors = [*model.parameters(), *(part for bucket in buckets for part in bucket.state.values())]
+    return member / 2**30, sum(t.numel() * t.itemsize for t in tensors) / 2**30
+
+
+# Copied from train.py: check_disk
+def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
+    """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
+    member, checkpoint = disk_gib(config, dtype)
+    needed = config.readout_epochs * member + 3 * checkpoint
+    resumed = folder.rglob("*") if (folder / "config.json").exists() else ()
+    there = sum(path.stat().st_size for path in resumed if path.is_file()) / 2**30
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free / 2**30
+    parts = f"the weights of {config.readout_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
+    parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
+    said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"
+    had = f", and {there:.3g} GiB of it are there" if there else ""
+    require(needed - there < free, f"the run needs {said}{had}: make space, or choose another --runs-dir")
+    return said
 
 
 # ======================================================================================================================
@@ -1431,6 +1461,13 @@ class Plan:
 def stage(plan: Plan, step: int) -> dict:
     """What switches once in a run, as keyword arguments of the model: here, the number of passes."""
     return {"passes": 1 if step < plan.config.passes_from * plan.num_steps else plan.config.passes}
+
+
+# Copied from train.py: stage_changes
+def stage_changes(plan: Plan) -> dict[int, str]:
+    """The steps from which on other things are switched, the first included, and what the stage then is."""
+    said = [", ".join(f"{k} {v}" for k, v in stage(plan, step).items()) for step in range(plan.num_steps)]
+    return {step: text for step, text in enumerate(said) if step == 0 or text != said[step - 1]}
 
 
 # Adapted from train.py: pass_arguments -- multi-token prediction
@@ -1857,8 +1894,11 @@ def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> 
 
 
 # Copied from train.py: draw_curve
-def draw_curve(folder: Path, val_loss: float | None = None) -> None:
-    """curve.png: the training loss of every step and the validation losses, from metrics.jsonl; the readout's loss."""
+def draw_curve(folder: Path, stages: dict[int, str], val_loss: float | None = None) -> None:
+    """curve.png: the training loss of every step and the validation losses, from metrics.jsonl; the readout's loss.
+
+    stages: see stage_changes; those that have begun are marked.
+    """
     from matplotlib.figure import Figure  # takes a second to import
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -1871,6 +1911,10 @@ def draw_curve(folder: Path, val_loss: float | None = None) -> None:
             axes.plot(*zip(*points, strict=True), style, linewidth=1, markersize=4, label=label)
     if val_loss is not None:
         axes.axhline(val_loss, linestyle="--", linewidth=1, color="gray", label=f"readout: {val_loss:.4f}")
+    for step, text in stages.items():
+        if 0 < step < max((line["step"] for line in lines), default=0):
+            axes.axvline(step, linestyle=":", linewidth=1, color="gray")
+            axes.annotate(text, (step, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right")
     axes.legend()
     losses = [line.get("train_loss", line.get("val_loss")) for line in lines]
     losses = [loss for loss in losses if math.isfinite(loss)]
@@ -2042,7 +2086,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model.init_weights()
         if self.compiled:
-            torch._dynamo.config.recompile_limit = 64  # graphs of a function: training, validation, windows, replay
+            torch._dynamo.config.recompile_limit = 256  # graphs of a function: training, validation, windows, replay
             self.model.compile_layers()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizer = build_optimizer(config, self.model, world, self.dtype, self.compiled)
@@ -2052,6 +2096,7 @@ class Trainer:
         self.eval_sets = {s: EvalSet(shards[s], config, world, byte_lengths) for s in ("val", "holdout") if s in shards}
         costs = [flops_per_token(config, **stage(plan, step)) * config.batch_tokens for step in range(plan.num_steps)]
         self.flops = np.cumsum([0.0, *costs])  # of all steps before a step
+        self.stages = stage_changes(plan)
         self.clock, self.started, self.earlier_wall_s = Clock(), time.monotonic(), 0.0  # started: of this process
         self.step, self.stopped_by, self.signal, self.signal_at = 0, "", "", 0.0
         self.readouts: dict[str, float] = {}  # validation losses by name
@@ -2211,6 +2256,8 @@ class Trainer:
         values |= {"train_loss": lm_loss, "train_loss_with_mtp": loss}
         values |= schedule(self.plan, step) | stage(self.plan, step)
         self.run.record(values, to_wandb=done % c.log_every == 0)
+        if step in self.stages and step > 0:
+            self.run.log(f"from step {done} on: {self.stages[step]}")
         self.unprinted_s.append(dt_s)
         step_s = statistics.mean(self.unprinted_s)
         parts = [f"train {lm_loss:.4f}", f"lr {values['lr']:.2f}", f"{c.batch_tokens / step_s / 1e3:.1f}k tok/s"]
@@ -2265,7 +2312,7 @@ class Trainer:
     def draw_curve(self, val_loss: float | None = None) -> None:
         if self.world.main:
             try:
-                draw_curve(self.run.folder, val_loss)
+                draw_curve(self.run.folder, self.stages, val_loss)
             except Exception as error:  # a full disk, or a library's fault: no reason to end a run
                 self.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
 
@@ -2507,7 +2554,7 @@ def ineligible(config: Config, result: dict) -> list[str]:
 
 
 # Copied from train.py: header
-def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wandb_said: str) -> str:
+def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
     """The first thing that a run prints."""
     c, world, shards = trainer.config, trainer.world, trainer.shards
     settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
@@ -2525,10 +2572,12 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, wa
         "settings": settings,
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
         "device": f"{device}, {kernels}, {compiled}, about {needed_gib:.2g} GiB per process",
+        "disk": disk,
         "data": f"{c.data_dir}: {data}",
         "model": f"{trainer.num_parameters:,} parameters",
         "plan": f"{trainer.plan.num_steps:,} steps of {c.batch_tokens:,} tokens, {c.num_epochs} epochs, "
         + (f"cap {c.time_cap_min:g} min" if c.time_cap_min else "no cap (not eligible)"),
+        "stages": "; ".join(f"from step {step + 1}: {text}" for step, text in trainer.stages.items()),
     }
     return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
 
@@ -2573,8 +2622,11 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
                 print(f"{resume} has finished, see {resume}/result.json")
             return None, True
     # What is the same in all processes is checked by one: one message if it is refused.
-    world.share(choose_kernels, config, world.device, compute_dtype(config, world.device))
+    dtype = compute_dtype(config, world.device)
+    world.share(choose_kernels, config, world.device, dtype)
     needed_gib = world.share(check_memory, config, world)
+    folder = Path(resume or Path(config.runs_dir) / config.run_name)
+    disk = world.share(check_disk, config, dtype, folder)
     loaded: dict[str, Shard] = {}
     world.share(lambda: loaded.update(load_data(config)))
     shards = loaded or load_data(config)
@@ -2595,7 +2647,7 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
         raise
     trainer = Trainer(config, world, run, plan, shards, byte_lengths)
     trainer.started = started
-    run.log(header(trainer, saved, bytes_from, needed_gib, wandb_said))
+    run.log(header(trainer, saved, bytes_from, needed_gib, disk, wandb_said))
     return trainer, resume is not None
 
 
