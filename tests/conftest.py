@@ -15,7 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # the models are tiny
-TRACKS = {"limited": "train", "tiny": "tiny.train"}  # track -> module; a new track adds itself here and below
+# Track -> module; a new track adds itself here and below
+TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train"}
 
 V = 97  # vocabulary of the small data; the BOS is 96
 COMMON = {
@@ -27,14 +28,25 @@ SMALL = {  # flags of a run of 11 steps, two epochs of 5.5 steps, that takes a s
     "limited": COMMON | {"replay_start": 1, "replay_end": 2, "replay_from_epoch": 2},
     "tiny": COMMON | {"passes_from": 0.5, "decay_hold": 0, "decay_low": 1, "ema_every": 2},
 }
+SMALL["two_hour"] = SMALL["limited"] | {"window_schedule": "1-1:4,12;2-3:12,28;4-12:20,32"}
+SMALL["two_hour"] |= {"meta_gradient": True, "stochastic_depth": 0.0}
 NOISE = {"limited": {"dropout": 0.1, "stochastic_depth": 0.1}, "tiny": {"dropout": 0.1}}  # flags of what is random
+NOISE["two_hour"] = NOISE["limited"]
 # What the model switches late in a run, and how it is called before and after
 STAGES = {
     "limited": ({"replay": False}, {"replay": True}),
     "tiny": ({"passes": 1}, {"passes": 2}),
+    "two_hour": ({"replay": False, "windows": [4, 12]}, {"replay": True, "windows": [12, 28]}),
 }
-MICRO_STEPS = {"limited": {}, "tiny": {"micro_batch": 4}}  # as many as the record has, where SMALL has others
+MICRO_STEPS = {"limited": {}, "tiny": {"micro_batch": 4}, "two_hour": {}}  # as the record has, where SMALL has others
 FOUR_LAYERS = {"limited": {"n_layer": 4, "replay_start": 2, "replay_end": 3}, "tiny": {"n_layer": 4}}
+FOUR_LAYERS["two_hour"] = FOUR_LAYERS["limited"]
+
+
+def sized(track, sequence_len: int) -> dict:
+    """Fields of Config for sequences of this length, windows of a half and of all of it."""
+    windows = {"window_schedule": f"1-99:{sequence_len // 2},{sequence_len}"} if track.TRACK == "two_hour" else {}
+    return {"sequence_len": sequence_len} | windows
 
 
 @pytest.fixture(params=TRACKS)

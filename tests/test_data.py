@@ -20,12 +20,22 @@ def small_plan(track, data_dir, **changes):
 def test_steps_of_the_record(track):
     """At full size: sequences per epoch, steps, and where epochs end, which is when their micro-steps are done."""
     plan = track.Plan(track.Config(), 48804)
-    late = [step for step in range(plan.num_steps) if track.stage(plan, step) == STAGES[track.TRACK][1]]
+    (switch, after), *_ = STAGES[track.TRACK][1].items()
+    late = [step for step in range(plan.num_steps) if track.stage(plan, step)[switch] == after]
     group = 8 * plan.config.micro_batch
     if track.TRACK == "limited":
         assert plan.epoch_micro_steps * group == 48800 and plan.num_steps == 2097
         assert [plan.epochs_done(s) for s in (0, 190, 191, 381, 382, 2096, 2097)] == [0, 0, 1, 1, 2, 10, 11]
         assert late == list(range(1144, 2097))  # 6 x 1,525 micro-steps are done after 1,143.75 steps
+    elif track.TRACK == "two_hour":
+        assert plan.epoch_micro_steps * group == 48800 and plan.num_steps == 4194
+        assert [plan.epochs_done(s) for s in (0, 190, 191, 381, 382, 4193, 4194)] == [0, 0, 1, 1, 2, 21, 22]
+        assert late == list(range(2479, 4194))
+        assert track.stage_changes(plan) == {
+            0: "replay False, windows (256, 768)",
+            1144: "replay False, windows (768, 1792)",
+            2479: "replay True, windows (1280, 2048)",
+        }
     else:
         assert plan.epoch_micro_steps * group == 48640 and plan.num_steps == 2850
         assert [plan.epochs_done(s) for s in (0, 189, 190, 379, 380, 2849, 2850)] == [0, 0, 1, 1, 2, 14, 15]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MICRO_STEPS, NOISE, flags, launch, read_metrics, run_to_end, script_of
+from conftest import MICRO_STEPS, NOISE, TRACKS, flags, launch, read_metrics, run_to_end, script_of
 
 
 def losses(folder: Path) -> tuple[list[float], list[float], dict]:
@@ -14,7 +14,10 @@ def losses(folder: Path) -> tuple[list[float], list[float], dict]:
     return [s["train_loss_with_mtp"] for s in steps], [v["val_loss"] for v in validations], result
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+LIMITED = pytest.mark.parametrize("track", ["limited"], indirect=True)  # enough of what all tracks have as copies
+
+
+@pytest.mark.parametrize("track, processes", [(t, 4 if t == "limited" else 2) for t in TRACKS], indirect=["track"])
 def test_processes_agree(track, small, processes):
     """Whole runs in float64, with every technique on: the same losses to 1e-9, though rounding differs."""
     values = {"dtype": "float64", "eval_batch": 3} | NOISE[track.TRACK] | MICRO_STEPS[track.TRACK]
@@ -32,6 +35,7 @@ def test_processes_agree(track, small, processes):
     assert result_several["world_size"] == processes
 
 
+@LIMITED
 def test_processes_agree_in_float32(track, small):
     """The first steps to 1e-4, no dropout, the meta-gradient on; later ones differ by chaos, not by mathematics."""
     script, runs = script_of(track), Path(small["runs_dir"])
@@ -62,6 +66,7 @@ def test_more_processes_than_gpus(track, monkeypatch):
         track.set_up_world("auto")
 
 
+@LIMITED
 def test_an_error_of_the_main_process_ends_all(track, small):
     """Bad data under torchrun: one message, and no process waits for another until a timeout."""
     process = launch(script_of(track), flags(**small | {"data_dir": "nowhere"}), processes=2)
@@ -70,6 +75,7 @@ def test_an_error_of_the_main_process_ends_all(track, small):
     assert output.count("error: nowhere/fineweb_train.pt not found") == 1
 
 
+@LIMITED
 def test_a_plan_that_does_not_fit_is_refused_once(track, small):
     process = launch(script_of(track), flags(**small | {"batch_tokens": 8192}), processes=2)
     output = process.communicate(timeout=240)[0]

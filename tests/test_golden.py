@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TRACKS, assert_figures, golden, set_golden_parameters
+from conftest import TRACKS, assert_figures, golden, set_golden_parameters, sized
 
 import prepare_data
 
@@ -14,21 +14,29 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
+# Two-hour's model with windows of T / 2 and T is limited's, and so is its optimizer
+FILES = {"limited": ["limited"], "tiny": ["tiny"], "two_hour": ["limited", "two_hour"]}
+
+
 class Golden:
     """A track's golden numbers, and the model and optimizer that they are of."""
 
-    def __init__(self, track, model):
-        self.track, self.module, self.numbers = track, model, golden(track.TRACK)
+    def __init__(self, track, file: str = ""):
+        self.track, self.numbers = track, golden(file or FILES[track.TRACK][0])
         self.sizes, self.cases = self.numbers["config"], self.numbers["cases"]
 
     def config(self):
         c = self.sizes
-        names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "logit_cap", "window_pattern")
+        names = ("vocab_size", "n_layer", "n_head", "n_embd", "logit_cap", "window_pattern")
         values = {name: c[name] for name in names} | {"dropout": 0.0, "micro_batch": 2}
+        values |= sized(self.track, c["sequence_len"])
         values["batch_tokens"] = 8 * 2 * 2 * c["sequence_len"]
         if "replay_layers" in c:
             values |= dict(zip(("replay_start", "replay_end"), c["replay_layers"], strict=True))
-            values |= {"replay_loops": c["replay_loops"], "mtp_weight": c["mtp_weight"]}
+            values |= {"replay_loops": c["replay_loops"], "mtp_weight": c["mtp_weight"], "stochastic_depth": 0.0}
+        if "window_stage_1" in self.cases:
+            windows = [",".join(map(str, self.cases[f"window_stage_{i}"]["windows"])) for i in (1, 2, 3)]
+            values["window_schedule"] = "1-6:{};7-13:{};14-22:{}".format(*windows)
         config = self.track.Config(**values)
         assert config.padded_vocab == c["padded_vocab"]
         return config
@@ -57,18 +65,20 @@ class Golden:
 
 
 @pytest.fixture
-def gold(track, model) -> Golden:
-    return Golden(track, model)
+def gold(track) -> Golden:
+    return Golden(track)
 
 
 def cases() -> list:
     """Every case of every track but the meta-gradient, and how the model is called for it."""
     found = []
     for name in TRACKS:
-        for case, numbers in golden(name)["cases"].items():
-            if case != "meta_gradient":
-                how = {"replay": case == "replay"} if name == "limited" else {"passes": numbers["passes"]}
-                found.append(pytest.param(name, case, how, id=f"{name}-{case}"))
+        for file in FILES[name]:
+            for case, numbers in golden(file)["cases"].items():
+                if case != "meta_gradient":
+                    how = {key: numbers[key] for key in ("passes", "windows") if key in numbers}
+                    how |= {"replay": True} if case == "replay" else {}
+                    found.append(pytest.param(name, file, case, how, id=f"{name}-{file}-{case}"))
     return found
 
 
@@ -77,9 +87,10 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 @DTYPES
-@pytest.mark.parametrize("track, case, how", cases(), indirect=["track"])
+@pytest.mark.parametrize("track, file, case, how", cases(), indirect=["track"])
 @pytest.mark.parametrize("on_the_fly", [True, False])
-def test_losses_and_gradients(gold, dtype, case, how, on_the_fly):
+def test_losses_and_gradients(track, dtype, file, case, how, on_the_fly):
+    gold = Golden(track, file)
     model, expected, tolerance = gold.model(dtype), gold.cases[case], TOLERANCE[dtype]
     tokens, targets = gold.tokens(gold.sizes["token_seed"])
     weights = gold.weights(model, dtype)
@@ -97,6 +108,10 @@ def test_losses_and_gradients(gold, dtype, case, how, on_the_fly):
         mtp_loss = (loss - lm_loss).item() / gold.sizes["mtp_weight"]
         assert mtp_loss == pytest.approx(expected["mtp_loss"], rel=10 * tolerance)
     assert_figures(gradients(model), expected["grads"], tolerance)
+    if "windows" in how:
+        frequencies, scale = model.config.yarn(how["windows"][1])
+        assert frequencies.tolist() == pytest.approx(expected["inv_freq"], rel=1e-14)
+        assert scale == pytest.approx(expected["softmax_scale"], rel=1e-14)
 
 
 @DTYPES
@@ -188,7 +203,7 @@ def as_figures(sequences) -> list[list[int]]:
 def test_training_order(track):
     shard, expected = golden_shard(track)
     T, group = expected["sequence_len"], expected["group"]
-    config = track.Config(sequence_len=T, micro_batch=4, batch_tokens=8 * 4 * T)
+    config = track.Config(**sized(track, T), micro_batch=4, batch_tokens=8 * 4 * T)
     plan = track.Plan(config, len(shard.sequences(T + 1)))
     for epoch, order in expected["train_epochs"]["order"].items():
         sequences, permutation = track.TrainLoader(shard, plan, range(8)).make_epoch(int(epoch))
@@ -199,7 +214,7 @@ def test_training_order(track):
 def test_validation_order(track):
     shard, expected = golden_shard(track)
     T = expected["sequence_len"]
-    config = track.Config(sequence_len=T, micro_batch=4, batch_tokens=8 * 4 * T)
+    config = track.Config(**sized(track, T), micro_batch=4, batch_tokens=8 * 4 * T)
     found = track.EvalSet(shard, config, track.World(0, 1, torch.device("cpu")), None).sequences.numpy()
     assert len(found) == expected["validation"]["num_sequences"]
     assert as_figures(found[:40]) == expected["validation"]["order"]

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import FOUR_LAYERS, MICRO_STEPS, NOISE, SMALL, STAGES, V, flags
+from conftest import FOUR_LAYERS, MICRO_STEPS, NOISE, SMALL, STAGES, V, flags, sized
 
 import model as root
 import tiny.train as tiny
+import two_hour.train as two_hour
 
 BOTH = pytest.mark.parametrize("late", [False, True])  # before and after the switch of STAGES
 T = 32
@@ -73,24 +75,25 @@ def test_log_probs_token_losses_and_training_loss_agree(track, small_model, late
 
 @pytest.mark.parametrize("window", [1, 4, 11, 16])
 def test_attention_window(model, window):
-    """Position t sees t - window ... t, against attention written out."""
+    """Position t sees t - window ... t, against attention written out; the scale is 1 / sqrt(D) or as given."""
     q, k, v = torch.randn(3, 2, 12, 2, 8, dtype=torch.float64)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
+    scale = (0.5,) if model is two_hour else ()
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (scale or (8**-0.5,))[0]
     position = torch.arange(12)
     distance = position[:, None] - position[None]
     scores = scores.masked_fill((distance < 0) | (distance > window), -torch.inf)
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
-    torch.testing.assert_close(model.attend(q, k, v, window, "sdpa"), expected)
+    torch.testing.assert_close(model.attend(q, k, v, window, *scale, "sdpa"), expected)
 
 
 def test_attention_error_finds_a_wrong_backend(track, model, monkeypatch):
     """By this the warm-up checks a GPU's attention: small for the right one, large for a window that is off by one."""
-    config = small_config(track, sequence_len=64, batch_tokens=1024)
+    config = small_config(track, **sized(track, 64), batch_tokens=1024)
     assert model.attention_error(config, torch.device("cpu"), "sdpa") < 0.02
     attend_right = model.attend
 
-    def attend_wrong(q, k, v, window, backend):
-        return attend_right(q, k, v, window - (backend == "wrong"), "sdpa")
+    def attend_wrong(q, k, v, window, *settings):
+        return attend_right(q, k, v, window - (settings[-1] == "wrong"), *settings[:-1], "sdpa")
 
     monkeypatch.setattr(model, "attend", attend_wrong)
     assert model.attention_error(config, torch.device("cpu"), "wrong") > 0.1
@@ -98,10 +101,11 @@ def test_attention_error_finds_a_wrong_backend(track, model, monkeypatch):
 
 def test_windows_of_the_record(track):
     config = track.Config()
-    last, found = config.n_layer - 1, [config.window(i) for i in range(config.n_layer)]
+    last, windows = config.n_layer - 1, ((1024, 2048),) if track is two_hour else ()
+    found = [config.window(i, *windows) for i in range(config.n_layer)]
     assert found[:4] == [1024, 1024, 1024, 2048] and found[last - 1 :] == [1024, 2048]
     assert [i for i in range(last) if found[i] == 2048] == list(range(3, last, 4))
-    assert config.padded_vocab == 50304 and config.hidden == {"limited": 4864, "tiny": 2816}[track.TRACK]
+    assert config.padded_vocab == 50304 and config.hidden == (2816 if track is tiny else 4864)
 
 
 def test_layer_order_of_the_record():
@@ -171,7 +175,8 @@ def test_dropout(model):
 
 def test_each_script_has_a_dropout_operator_of_its_own():
     """Registered under one name, the second script's would pull the first's from under it."""
-    assert (root._DROPOUT, tiny._DROPOUT) == ("slowrun_model::dropout", "slowrun_tiny_train::dropout")
+    names = [module._DROPOUT for module in (root, tiny, two_hour)]
+    assert names == ["slowrun_model::dropout", "slowrun_tiny_train::dropout", "slowrun_two_hour_train::dropout"]
 
 
 def test_dropout_is_off_in_validation(track, small_model):
@@ -229,6 +234,38 @@ def test_half_truncated_rotary():
             assert b_found == pytest.approx(b * math.cos(angle) - a * math.sin(angle), abs=1e-12)
 
 
+def test_tables_and_scale_of_the_record():
+    """YaRN by hand: what turns 32 times or more in the window before stays, what turns once or less is slowed down."""
+    config, D = two_hour.Config(), 128
+    base = 10000.0 ** (-np.arange(0, D, 2) / D)
+    (first, scale_1), (second, scale_2), (third, scale_3) = (config.yarn(long) for long in (768, 1792, 2048))
+    assert np.array_equal(first, base) and scale_1 == pytest.approx(D**-0.5)
+    turns = 768 * base / (2 * np.pi)
+    assert np.array_equal(second[turns >= 32], base[turns >= 32]) and (turns >= 32).sum() > 5
+    np.testing.assert_allclose(second[turns <= 1], base[turns <= 1] * 768 / 1792, rtol=1e-14)
+    between = (turns > 1) & (turns < 32)
+    assert between.sum() > 10 and ((second < base) & (second > base * 768 / 1792))[between].all()
+    assert (third <= second).all() and third[-1] == pytest.approx(base[-1] * 768 / 2048)
+    assert scale_2 == pytest.approx(scale_1 * (1 + 0.2 * math.log(1792 / 768)))
+    assert scale_3 == pytest.approx(scale_2 * (1 + 0.2 * math.log(2048 / 1792)))
+    assert two_hour.yarn(D, (768, 768, 1792))[1] == scale_2  # a stage with the same long window changes nothing
+
+
+def test_a_stage_sees_its_windows():
+    """In the first stage a token reaches L layers of window 4 far and one of 12; the last stage's reaches further."""
+    model = two_hour.GPT(small_config(two_hour, window_pattern="S")).double()
+    far_from_start(model)
+    tokens = random_tokens()
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % V
+    for windows, reach in (((4, 12), 3 * 4 + 12), ((12, 28), T)):
+        before, after = (model.eval().log_probs(t, windows=windows) for t in (tokens, changed))
+        assert torch.equal(before[:, reach + 1 :], after[:, reach + 1 :])
+        differs = (before != after).flatten(2).any(-1)
+        assert differs[:, : reach + 1].all()
+    torch.testing.assert_close(model.log_probs(tokens), model.log_probs(tokens, windows=(20, 32)))  # the last's
+
+
 def test_keys_are_offset_in_half_of_their_dimensions():
     k = torch.randn(2, 5, 3, 8)
     found = tiny.offset_keys(k)
@@ -280,8 +317,9 @@ def test_counts_of_the_record(track):
     groups = track.optimizer_groups(config, list(parameters))
     matrices = [name for group in groups if group["kind"] == "muon" for name in group["params"]]
     moved = [name for group in groups if group["moved"] for name in group["params"]]
-    before, after = (track.flops_per_token(config, **how) for how in STAGES[track.TRACK])
-    if track.TRACK == "limited":
+    full = {"windows": (1024, 2048)} if track is two_hour else {}
+    before, after = (track.flops_per_token(config, **how | full) for how in STAGES[track.TRACK])
+    if track is not tiny:
         assert (len(matrices), len(moved)) == (279, 279)
         assert sum(p.numel() for p in parameters.values()) == 1_443_722_775
         heads, attention = 6 * 2 * 50304 * 1792, 12 * 1792 * (22 * (1024 - 1024**2 / 4096) + 9 * 1024)
@@ -316,7 +354,7 @@ def test_initialisation(track):
     }
     constants |= {"transformer.h.2.attn.attn_gate.weight": 0.0}
     projections = ("transformer.h.0.attn.c_proj.weight", "transformer.h.1.mlp.c_proj.weight")
-    if track.TRACK == "limited":
+    if track is not tiny:
         deviations |= dict.fromkeys([*projections, "mtp_proj.weight", "mtp_block.mlp.c_gate.weight"], C**-0.5)
         constants["mtp_block.attn.attn_gate.weight"] = 0.0
         assert torch.equal(parameters["transformer.h.2.attn.v_mix"], torch.eye(4))
@@ -338,12 +376,14 @@ def test_nothing_compiles_after_the_warm_up(track, small, monkeypatch, meta_grad
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
     torch._dynamo.reset()
     values = {"compile": "on", "meta_gradient": meta_gradient} | NOISE[track.TRACK] | FOUR_LAYERS[track.TRACK]
-    values |= MICRO_STEPS[track.TRACK]
+    values |= MICRO_STEPS[track.TRACK] | {"num_epochs": 4}
     trainer, _ = track.set_up(flags(**small | values))
     trainer.warm_up()
     made = counters["stats"]["unique_graphs"]
     assert made > 10
-    for step in (0, trainer.plan.num_steps - 1):
+    for step in trainer.stages:
         trainer.train_step(step)()
-    trainer.validate("test")
+        trainer.step = step + 1
+        trainer.validate("test")
+    assert len(trainer.stages) == 2 + (track is two_hour)
     assert counters["stats"]["unique_graphs"] == made

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,8 +57,10 @@ def test_run_folder(track, small, folder, capsys):
     assert {line["run"] for line in steps + validations} == {saved["run_id"]}
     assert [line["tokens"] for line in steps] == [1024 * i for i in range(1, 12)]
     assert [line["epoch"] for line in steps] == [1] * 6 + [2] * 5
-    (switch, before), (_, after) = (*STAGES[track.TRACK][0].items(), *STAGES[track.TRACK][1].items())
-    assert [line[switch] for line in steps] == [before] * 6 + [after] * 5
+    for line in steps:
+        assert line.items() >= STAGES[track.TRACK][line["epoch"] - 1].items()
+    begun = ", ".join(f"{key} {value}" for key, value in STAGES[track.TRACK][1].items())
+    assert f"from step 7 on: {begun}".replace("[", "(").replace("]", ")") in printed
     assert sum(line["dt_s"] for line in steps) == pytest.approx(result["train_time_s"])
     assert result["train_time_s"] <= result["wall_time_s"]
     assert [(line["step"], line["epoch"]) for line in validations] == [(6, 1), (11, 2)]
@@ -67,7 +70,7 @@ def test_run_folder(track, small, folder, capsys):
     assert result["val_tokens"] == 51 * 32 and result["val_loss"] == result["readouts"][f"{track.MIXING}_average"]
     assert result["best_val_loss"] == min(result["readouts"].values())
     assert [line["val_loss"] for line in validations] == [result["readouts"][f"epoch_{i}"] for i in (1, 2)]
-    others = {"limited": {"weight_average"}, "tiny": {"exponential_moving_average"}}[track.TRACK]
+    others = {"exponential_moving_average"} if track.TRACK == "tiny" else {"weight_average"}
     assert result["readouts"].keys() > {f"{track.MIXING}_average_equal_weights"} | others
     assert result["holdout_loss"] is not None and result["holdout_loss"] != result["val_loss"]
     assert result["eligible"] is False and "the data are not the official files" in result["not_eligible_because"]
@@ -78,7 +81,7 @@ def test_the_model_learns(track, small, folder):
     """From ln 97 nats towards the 1.39 of the small data, with every technique on (on tiny, all blocks start at 0)."""
     values = {
         "eval_initial": True,
-        "num_epochs": {"limited": 5, "tiny": 12}[track.TRACK],
+        "num_epochs": 12 if track.TRACK == "tiny" else 5,
         "lr_multiplier": 2.0,
     } | dict.fromkeys(NOISE[track.TRACK], 0.05)
     assert track.main(flags(**small | values)) == 0
@@ -102,7 +105,7 @@ def test_a_smaller_device_batch_is_the_same_mathematics(track, small):
 def test_meta_gradient_halves_a_single_micro_step(track, small, folder):
     """With two micro-steps of 2, or one of 4, the same 32 sequences make each step, and the halves differ."""
     trainer, _ = track.set_up(flags(**small | {"micro_batch": 4}))
-    assert trainer.config.micro_steps == 1
+    assert trainer.config.micro_steps == 1 and trainer.config.meta_gradient
     pieces = trainer.pieces(torch.arange(4 * 33).view(1, 4, 33))
     assert [(k, rows[:, 0].tolist()) for k, rows in pieces] == [(0, [0, 33]), (0, [66, 99])]
     plain, _ = track.set_up(flags(**small | {"micro_batch": 4, "meta_gradient": False, "run_name": "plain"}))
@@ -287,12 +290,48 @@ def test_lines_wait_for_space(track, tmp_path):
 
 
 def test_a_curve_that_cannot_be_drawn_does_not_end_the_run(track, small, folder, monkeypatch, capsys):
-    def fail(folder, val_loss):
+    def fail(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(track, "draw_curve", fail)
     assert track.main(flags(**small)) == 0
     assert "curve.png is not drawn: OSError: [Errno 28] No space left on device" in capsys.readouterr().out
+
+
+def test_the_curve_marks_where_a_stage_begins(track, small, folder, monkeypatch):
+    from matplotlib.axes import Axes
+
+    trainer, _ = track.set_up(flags(**small | {"num_epochs": 4}))
+    trainer.fit()
+    marks = []
+    monkeypatch.setattr(Axes, "axvline", lambda axes, step, **style: marks.append(step))
+    trainer.draw_curve()
+    assert marks == [step for step in trainer.stages if step] and len(marks) == 1 + (track.TRACK == "two_hour")
+
+
+def test_a_disk_that_is_too_small_is_refused(track, small, folder, monkeypatch, capsys):
+    """By the sizes that the files then have: the readout's weights and three checkpoints, less what is there."""
+    disk = SimpleNamespace(free=10**9)
+    monkeypatch.setattr(track.shutil, "disk_usage", lambda path: disk)
+    trainer, _ = track.set_up(flags(**small))
+    trainer.fit()
+    trainer.run.close()
+    sizes = track.disk_gib(trainer.config, trainer.dtype)
+    files = sorted((folder / "final").iterdir()), sorted((folder / "checkpoints").glob("*.pt"))
+    for (*_, file), size in zip(files, sizes, strict=True):
+        assert file.stat().st_size == pytest.approx(size * 2**30, rel=0.1, abs=20_000)
+    needed = int((2 * sizes[0] + 3 * sizes[1]) * 2**30)
+    capsys.readouterr()
+    disk.free = needed - 1
+    assert track.main(flags(**small | {"run_name": "another"})) == 2
+    error = capsys.readouterr().err
+    assert (
+        "the run needs up to " in error and "the weights of 2 epochs" in error and "choose another --runs-dir" in error
+    )
+    assert not folder.with_name("another").exists()
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    for disk.free, code in ((needed - there - 1, 2), (needed - there + 1, 0)):  # what is there needs no space
+        assert track.main(["--resume", str(folder)]) == code
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(track, small, folder, monkeypatch, capsys):
@@ -413,6 +452,24 @@ BAD_FLAGS_OF = {  # of one track
         ({"replay_end": 3}, "replay range [1, 3)"),
         ({"replay_from_epoch": -1}, "--replay-from-epoch is -1: at least 0 (never)"),
     ],
+    "two_hour": [
+        (
+            {"num_epochs": 13},
+            "the window schedule ends with epoch 12, training with epoch 13: extend --window-schedule",
+        ),
+        ({"window_schedule": "1-2:4"}, "stage 1 of the window schedule, '1-2:4', is not of the form FIRST-LAST:SHORT"),
+        ({"window_schedule": "1-1:4,12;"}, "stage 2 of the window schedule, '', is not of the form"),
+        ({"window_schedule": "2-3:4,12"}, "stage 1 of the window schedule, '2-3:4,12', begins with epoch 2: it must"),
+        ({"window_schedule": "1-1:4,12;3-4:12,28"}, "stage 2 of the window schedule, '3-4:12,28', begins with epoch 3"),
+        ({"window_schedule": "1-0:4,12"}, "stage 1 of the window schedule, '1-0:4,12', ends before it begins"),
+        ({"window_schedule": "1-2:12,4"}, "'1-2:12,4', has other windows than 1 <= short <= long <= sequence_len 32"),
+        ({"window_schedule": "1-2:0,4"}, "has other windows than 1 <= short"),
+        ({"window_schedule": "1-2:4,33"}, "has other windows than 1 <= short <= long <= sequence_len 32"),
+        (
+            {"window_schedule": "1-1:4,28;2-2:4,12"},
+            "stage 2 of the window schedule, '2-2:4,12', has a shorter long win",
+        ),
+    ],
     "tiny": [
         ({"n_head": 16}, "must be a multiple of 4, change --n-embd or --n-head"),
         ({"passes": 0}, "sizes must be positive"),
@@ -478,7 +535,8 @@ def test_full_size_without_a_gpu(track, data_dir, tmp_path, capsys):
         pytest.skip("there is a GPU")
     assert track.main(flags(runs_dir=str(tmp_path / "runs"), data_dir=str(data_dir))) == 2
     error = capsys.readouterr().err
-    needs = {"limited": "1,444M parameters need 32 GiB", "tiny": "317M parameters need 8 GiB"}[track.TRACK]
+    needs = {"limited": "1,444M parameters need 32 GiB", "tiny": "317M parameters need 8 GiB"}
+    needs = (needs | {"two_hour": "1,444M parameters need 28 GiB"})[track.TRACK]
     assert f"{needs} per process for weights, gradients and optimizer, about" in error
     assert "this machine has" in error and "no GPU" in error and "--demo" in error
     assert not (tmp_path / "runs").exists()
@@ -491,6 +549,7 @@ def test_every_flag_has_a_help_text(track, capsys):
     for name in track.Config.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in printed
     said = {"limited": "first epoch with layer replay (0: never) [7]", "tiny": "the steps with a single pass [0.7]"}
+    said["two_hour"] = "[1-6:256,768;7-13:768,1792;14-22:1280,2048]"
     assert said[track.TRACK] in printed
 
 
