@@ -281,9 +281,10 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, lm_head: Tensor, targets: Tensor, chunk):
-        """x (n, C), targets (n, K); chunk: (x, lm_head, targets) of some positions -> as head_chunk.
+    def forward(ctx, x: Tensor, lm_head: Tensor, chunk, *others: Tensor):
+        """x (n, C), others (n, ...) what else a position needs, such as its targets.
 
+        chunk: (x, lm_head, *others) of some positions -> as head_chunk.
         -> (Weighted sum of the losses, sum of the first targets' losses), both (); only the former has a gradient.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -292,7 +293,7 @@ class HeadLoss(torch.autograd.Function):
         size = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
-            *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, targets[rows])
+            *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, *(other[rows] for other in others))
             losses += torch.stack(parts)
             lm_head_grad += lm_head_part
         ctx.save_for_backward(x_grad, lm_head_grad.to(lm_head.dtype))
@@ -303,7 +304,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _):
         x_grad, lm_head_grad = ctx.saved_tensors
-        return x_grad * grad, lm_head_grad * grad, None, None
+        return x_grad * grad, lm_head_grad * grad, *(None for _ in ctx.needs_input_grad[2:])
 
 
 def draw_dropped(config: GPTConfig, replay: bool, *seed: int) -> list[bool] | None:
@@ -556,7 +557,7 @@ class GPT(nn.Module):
         settings = {"vocab_size": self.config.vocab_size, "cap": self.config.logit_cap}
         weights = torch.ones(1, dtype=self.x0_lambdas.dtype, device=x.device)
         chunk = partial(self._head_chunk, weights=weights, **settings)
-        return HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], targets.reshape(-1, 1), chunk)[0] / targets.numel()
+        return HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, targets.reshape(-1, 1))[0] / targets.numel()
 
     def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, **how) -> Tensor:
         """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""

@@ -39,7 +39,7 @@ def test_the_loss_and_its_gradients_are_those_of_autograd(track, model, monkeypa
     x, lm_head, targets = make(track)
     x.requires_grad_(), lm_head.requires_grad_()
     chunk = chunk_of(track, model, WEIGHTS.double())
-    loss, first = model.HeadLoss.apply(x, lm_head, targets, chunk)
+    loss, first = model.HeadLoss.apply(x, lm_head, chunk, targets)
     found = torch.autograd.grad(loss * 0.7, [x, lm_head])
 
     logits = model.capped_logits(x, lm_head, VOCAB, CAP)
@@ -123,7 +123,7 @@ def test_memory_at_full_size(track, model, rows):
     chunk = chunk_of(track, model, weights)
     chunk.keywords["vocab_size"] = 50257
     with LiveBytes() as live:
-        model.HeadLoss.apply(x, lm_head, targets, chunk)[0].backward()
+        model.HeadLoss.apply(x, lm_head, chunk, targets)[0].backward()
     logits = 2 * n * V
     assert live.peak < 2 * logits * (0.5 if rows == 32 else 1)  # half of it suffices
     with LiveBytes() as live:  # as autograd would do it

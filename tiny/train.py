@@ -286,11 +286,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
 # Copied from train.py: World
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. Their small agreements go through the CPU, so that no GPU waits for them."""
+    """The processes that train a model. Their small agreements go through the CPU, so that no GPU waits for them."""
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # None: all processes
 
     @property
     def main(self) -> bool:
@@ -315,7 +316,7 @@ class World:
         """Sums over the processes in float64, the same in all of them. Serves as a barrier too."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def share(self, function, *args):
@@ -327,17 +328,23 @@ class World:
             except (ValueError, OSError) as error:
                 outcome[1] = str(error)
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(outcome, group_src=0, group=self.group, device=torch.device("cpu"))
         if outcome[1] is not None:
             raise ValueError(outcome[1]) if self.main else SystemExit(2)
         return outcome[0]
+
+
+# Copied from train.py: check_world_size
+def check_world_size(size: int) -> None:
+    """Refuse a number of processes that cannot share a batch evenly (ValueError)."""
+    require(VIRTUAL_RANKS % size == 0, f"{size} processes cannot share {VIRTUAL_RANKS} virtual ranks: run 1, 2, 4 or 8")
 
 
 # Copied from train.py: set_up_world
 def set_up_world(device: str) -> World:
     """Join the process group that torchrun describes (nccl and gloo on CUDA, gloo on a CPU); alone without torchrun."""
     rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    require(VIRTUAL_RANKS % size == 0, f"{size} processes cannot share {VIRTUAL_RANKS} virtual ranks: run 1, 2, 4 or 8")
+    check_world_size(size)
     cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
     require(cuda or device != "cuda", "--device cuda: torch finds no CUDA GPU here")
     cuda = cuda and device != "cpu"
@@ -598,9 +605,10 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, lm_head: Tensor, targets: Tensor, chunk):
-        """x (n, C), targets (n, K); chunk: (x, lm_head, targets) of some positions -> as head_chunk.
+    def forward(ctx, x: Tensor, lm_head: Tensor, chunk, *others: Tensor):
+        """x (n, C), others (n, ...) what else a position needs, such as its targets.
 
+        chunk: (x, lm_head, *others) of some positions -> as head_chunk.
         -> (Weighted sum of the losses, sum of the first targets' losses), both (); only the former has a gradient.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -609,7 +617,7 @@ class HeadLoss(torch.autograd.Function):
         size = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
-            *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, targets[rows])
+            *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, *(other[rows] for other in others))
             losses += torch.stack(parts)
             lm_head_grad += lm_head_part
         ctx.save_for_backward(x_grad, lm_head_grad.to(lm_head.dtype))
@@ -620,7 +628,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _):
         x_grad, lm_head_grad = ctx.saved_tensors
-        return x_grad * grad, lm_head_grad * grad, None, None
+        return x_grad * grad, lm_head_grad * grad, *(None for _ in ctx.needs_input_grad[2:])
 
 
 # ----------------------------------------------------------------------------------------------------------- parameters
@@ -855,7 +863,7 @@ class GPT(nn.Module):
             weights = weights.pin_memory().to(x.device, non_blocking=True)
         settings = {"vocab_size": config.vocab_size, "cap": config.logit_cap, "head": self.head}
         chunk = partial(self._head_chunk, weights=weights, **settings)
-        losses = HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], future.flatten(0, 1), chunk)
+        losses = HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, future.flatten(0, 1))
         return tuple(loss / targets.numel() for loss in losses)
 
     # Copied from model.py: GPT.token_losses
@@ -1224,7 +1232,7 @@ class Bucket:
         """The parts of all processes together; collective."""
         buffer = part.new_empty(part.size(0) * self.world.size, *part.shape[1:])
         if self.world.size > 1:
-            all_gather(buffer, part)
+            all_gather(buffer, part, group=self.world.group)
         return buffer if self.world.size > 1 else part
 
 
@@ -1264,7 +1272,7 @@ class MuonAdamW:
         if self.world.size > 1 and not alone:
             parts = [torch.empty_like(part) for part in parts]
             for part, bucket in zip(parts, self.buckets, strict=True):
-                sums.append(reduce_scatter(part, bucket.grads, async_op=True))
+                sums.append(reduce_scatter(part, bucket.grads, group=self.world.group, async_op=True))
         for i, bucket in enumerate(self.buckets):
             if sums:
                 sums[i].wait()
@@ -1274,7 +1282,7 @@ class MuonAdamW:
             else:
                 adamw_update(own, parts[i], *bucket.moments, *rates, *bucket.group["betas"], step)
             if sums:
-                gathers.append(all_gather(bucket.values, own, async_op=True))
+                gathers.append(all_gather(bucket.values, own, group=self.world.group, async_op=True))
         for gather in gathers:
             gather.wait()
         self.zero_grad()
@@ -1286,7 +1294,7 @@ class MuonAdamW:
     def broadcast_values(self) -> None:
         """Give all processes the parameters of the main one; collective."""
         for bucket in self.buckets if self.world.size > 1 else ():
-            dist.broadcast(bucket.values, src=0)
+            dist.broadcast(bucket.values, group_src=0, group=self.world.group)
 
     def state_dict(self) -> dict:
         """The whole state by parameter, on the CPU, whatever the number of processes; collective, empty but in main."""
@@ -1307,7 +1315,7 @@ class MuonAdamW:
                 for name in bucket.params if self.world.main else ():
                     bucket.view(whole, name).copy_(saved["state"][name][key])
                 if self.world.size > 1:
-                    dist.broadcast(whole, src=0)
+                    dist.broadcast(whole, group_src=0, group=self.world.group)
                 part.copy_(whole[bucket.own])
 
 
@@ -1451,9 +1459,17 @@ class Plan:
         epoch_tokens = self.epoch_micro_steps * VIRTUAL_RANKS * c.micro_batch * c.sequence_len
         return round(epoch_tokens * c.num_epochs / c.batch_tokens)
 
+    def first_micro_step(self, step: int) -> int:
+        """Micro-steps, counted over all epochs, that are done after `step` optimizer steps."""
+        return step * self.config.micro_steps
+
+    def tokens_done(self, step: int) -> int:
+        """Tokens that are trained on after `step` optimizer steps."""
+        return self.first_micro_step(step) * VIRTUAL_RANKS * self.config.micro_batch * self.config.sequence_len
+
     def epochs_done(self, step: int) -> int:
         """Epochs of which all micro-steps are done after `step` optimizer steps; the last step ends the last epoch."""
-        done = step * self.config.micro_steps // self.epoch_micro_steps
+        done = self.first_micro_step(step) // self.epoch_micro_steps
         return done if step < self.num_steps else self.config.num_epochs
 
 
@@ -1598,29 +1614,37 @@ def token_byte_lengths(config: Config) -> tuple[Tensor | None, str]:
         return None, f"left out: no meta.json beside the shards, and tiktoken fails ({type(error).__name__})"
 
 
+# Copied from train.py: shuffle_seeds
+def shuffle_seeds(config: Config, epoch: int) -> tuple[int | None, int]:
+    """Seeds of the permutations of an epoch's documents (None: they stay in order) and of its sequences."""
+    return epoch if epoch > 1 else None, epoch + 1000
+
+
 # Copied from train.py: TrainLoader
 class TrainLoader:
     """The training sequences in the benchmark's global order, which does not depend on the number of processes.
 
-    Epoch 1 has the documents in file order, each later one permutes the order of the one before. Its documents are cut
-    into sequences of T + 1 tokens, which are permuted in turn. A thread makes an epoch (2 bytes a token) while the one
-    before is trained on.
+    Each epoch permutes the documents, from their order in the epoch before (at first, in the file). They are cut into
+    sequences of T + 1 tokens, which are permuted in turn; see shuffle_seeds. A thread makes an epoch (2 bytes a token)
+    while the one before is trained on.
     """
 
     def __init__(self, shard: Shard, plan: Plan, virtual_ranks: range):
         self.shard, self.plan, self.virtual_ranks = shard, plan, virtual_ranks
-        self.order, self.order_epoch = np.arange(len(shard.doc_starts)), 1  # of the documents; belongs to the thread
+        self.order, self.order_epoch = np.arange(len(shard.doc_starts)), 0  # of the documents; belongs to the thread
         self.epochs: dict[int, Future] = {}
         self.submitted, self.thread = 0, ThreadPoolExecutor(1)
 
     def make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Runs in the thread -> sequences (n, T + 1) uint16 and the order (n,) in which the epoch takes them."""
-        tokens, starts = self.shard.tokens, self.shard.doc_starts
+        tokens, starts, config = self.shard.tokens, self.shard.doc_starts, self.plan.config
         while self.order_epoch < epoch:
             self.order_epoch += 1
-            generator = torch.Generator().manual_seed(self.order_epoch)
-            self.order = self.order[torch.randperm(len(starts), generator=generator).numpy()]
-        if epoch > 1:
+            seed, _ = shuffle_seeds(config, self.order_epoch)
+            if seed is not None:
+                generator = torch.Generator().manual_seed(seed)
+                self.order = self.order[torch.randperm(len(starts), generator=generator).numpy()]
+        if shuffle_seeds(config, epoch)[0] is not None:
             ends, shuffled, used = np.append(starts[1:], len(tokens)), np.empty_like(tokens), 0
             for part in np.array_split(self.order, math.ceil(len(starts) / 1024)):
                 documents = [tokens[a:b] for a, b in zip(starts[part].tolist(), ends[part].tolist(), strict=True)]
@@ -1628,8 +1652,8 @@ class TrainLoader:
                 np.concatenate(documents, out=shuffled[used : used + size])
                 used += size
             tokens = shuffled
-        sequences = self.shard.sequences(self.plan.config.sequence_len + 1, tokens)
-        generator = torch.Generator().manual_seed(epoch + 1000)
+        sequences = self.shard.sequences(config.sequence_len + 1, tokens)
+        generator = torch.Generator().manual_seed(shuffle_seeds(config, epoch)[1])
         return sequences, torch.randperm(len(sequences), generator=generator).numpy()
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1641,7 +1665,7 @@ class TrainLoader:
     def batch(self, step: int) -> np.ndarray:
         """An optimizer step's sequences for this process: (virtual ranks, micro-steps, micro-batch, T + 1) uint16."""
         size, per_epoch = self.plan.config.micro_batch, self.plan.epoch_micro_steps
-        first, last = (s * self.plan.config.micro_steps for s in (step, step + 1))
+        first, last = (self.plan.first_micro_step(s) for s in (step, step + 1))
         rows: list[list[np.ndarray]] = [[] for _ in self.virtual_ranks]
         for micro_step in range(first, last):
             sequences, order = self.epoch(micro_step // per_epoch + 1)
@@ -2094,8 +2118,9 @@ class Trainer:
         self.weights = ComputeWeights(self.model, self.dtype)
         self.loader = TrainLoader(shards["train"], plan, world.virtual_ranks)
         self.eval_sets = {s: EvalSet(shards[s], config, world, byte_lengths) for s in ("val", "holdout") if s in shards}
-        costs = [flops_per_token(config, **stage(plan, step)) * config.batch_tokens for step in range(plan.num_steps)]
-        self.flops = np.cumsum([0.0, *costs])  # of all steps before a step
+        costs = [flops_per_token(config, **stage(plan, step)) for step in range(plan.num_steps)]
+        self.tokens = np.array([plan.tokens_done(step) for step in range(plan.num_steps + 1)])  # before a step
+        self.flops = np.cumsum([0.0, *(costs * np.diff(self.tokens))])  # of all steps before a step
         self.stages = stage_changes(plan)
         self.clock, self.started, self.earlier_wall_s = Clock(), time.monotonic(), 0.0  # started: of this process
         self.step, self.stopped_by, self.signal, self.signal_at = 0, "", "", 0.0
@@ -2252,7 +2277,12 @@ class Trainer:
     def record_step(self, step: int, dt_s: float, loss: float, lm_loss: float) -> None:
         """A line of metrics.jsonl, the progress bar, and every log_every steps a printed line."""
         c, N, done = self.config, self.plan.num_steps, step + 1
-        values = {"step": done, "epoch": self.plan.epochs_done(step) + 1, "dt_s": dt_s, "tokens": done * c.batch_tokens}
+        values = {
+            "step": done,
+            "epoch": self.plan.epochs_done(step) + 1,
+            "dt_s": dt_s,
+            "tokens": int(self.tokens[done]),
+        }
         values |= {"train_loss": lm_loss, "train_loss_with_mtp": loss}
         values |= schedule(self.plan, step) | stage(self.plan, step)
         self.run.record(values, to_wandb=done % c.log_every == 0)
@@ -2260,7 +2290,8 @@ class Trainer:
             self.run.log(f"from step {done} on: {self.stages[step]}")
         self.unprinted_s.append(dt_s)
         step_s = statistics.mean(self.unprinted_s)
-        parts = [f"train {lm_loss:.4f}", f"lr {values['lr']:.2f}", f"{c.batch_tokens / step_s / 1e3:.1f}k tok/s"]
+        tokens_per_s = (self.tokens[done] - self.tokens[step]) / step_s
+        parts = [f"train {lm_loss:.4f}", f"lr {values['lr']:.2f}", f"{tokens_per_s / 1e3:.1f}k tok/s"]
         if peak := peak_flops(self.world.device):
             used = (self.flops[done] - self.flops[step]) / step_s / self.world.size
             parts.append(f"{100 * used / peak:.1f}% mfu")
@@ -2320,9 +2351,8 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write all that the run needs to go on from here. A failure is said, and does not end the run."""
-        started, state = time.monotonic(), self.optimizer.state_dict()
+        started, tensors = time.monotonic(), training_state(self)
         if self.world.main:
-            tensors = {"model": {name: p.detach() for name, p in self.model.named_parameters()}, "optimizer": state}
             info = {"step": self.step, "train_time_s": self.clock.train_time_s, "wall_time_s": self.wall_time_s()}
             info |= {"readouts": self.readouts, "members": self.members, "recent_s": [*self.recent_s]}
             info["stopped_by"] = self.stopped_by if self.stopped_by == "time_cap" else ""
@@ -2351,10 +2381,7 @@ class Trainer:
         def read() -> dict | None:
             content, info = self.run.load_checkpoint() or ({}, None)
             tensors.update(content)
-            for member in info["members"] if info else ():
-                path = self.run.folder / "final" / member["file"]
-                sound = path.exists() and sha256_file(path) == member["sha256"]
-                require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
+            check_members(self.run.folder, info["members"] if info else [])
             self.run.drop_metrics_after(info["step"] if info else -1)
             (self.run.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
             return info
@@ -2362,10 +2389,7 @@ class Trainer:
         info = self.world.share(read)
         if info is None:
             return self.run.log("no checkpoint yet: starting from step 0")
-        for name, p in self.model.named_parameters() if self.world.main else ():
-            p.data.copy_(tensors["model"][name])
-        self.optimizer.broadcast_values()
-        self.optimizer.load_state_dict(tensors.get("optimizer", {}))
+        restore(self, tensors)
         self.step, self.stopped_by = info["step"], info["stopped_by"]
         self.readouts, self.members = info["readouts"], info["members"]
         self.clock.train_time_s, self.earlier_wall_s = info["train_time_s"], info["wall_time_s"]
@@ -2447,7 +2471,7 @@ class Trainer:
     def result(self, val: Score, holdout: Score | None) -> dict:
         """What result.json says, but for eligibility."""
         c, world, seconds = self.config, self.world, self.clock.train_time_s
-        tokens = self.step * c.batch_tokens
+        tokens = self.plan.tokens_done(self.step)
         hashes, folder = {split: shard.sha256 for split, shard in self.shards.items()}, self.run.folder
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if world.cuda:
@@ -2469,6 +2493,30 @@ class Trainer:
             "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
             "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
         }  # fmt: skip
+
+
+# Copied from train.py: training_state
+def training_state(trainer: Trainer) -> dict:
+    """The tensors of a checkpoint; collective, of use in the main process alone."""
+    state = trainer.optimizer.state_dict()
+    return {"model": {name: p.detach() for name, p in trainer.model.named_parameters()}, "optimizer": state}
+
+
+# Copied from train.py: restore
+def restore(trainer: Trainer, tensors: dict) -> None:
+    """Take up a training_state, which the main process has; collective."""
+    for name, p in trainer.model.named_parameters() if trainer.world.main else ():
+        p.data.copy_(tensors["model"][name])
+    trainer.optimizer.broadcast_values()
+    trainer.optimizer.load_state_dict(tensors.get("optimizer", {}))
+
+
+# Copied from train.py: check_members
+def check_members(folder: Path, members: list[dict]) -> None:
+    """Refuse to resume where weights of the readout are not as they were saved (ValueError)."""
+    for path, sha256 in ((folder / "final" / member["file"], member["sha256"]) for member in members):
+        sound = path.exists() and sha256_file(path) == sha256
+        require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
 
 
 # Copied from train.py: recency_weights
