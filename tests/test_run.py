@@ -122,7 +122,7 @@ def test_the_cap_stops_before_the_step_that_would_pass_it(track, small, folder, 
     trainer.fit()
     assert (trainer.step, trainer.stopped_by, trainer.clock.train_time_s) == (7, "time_cap", 7.0)
     assert trainer.run.load_checkpoint()[1]["stopped_by"] == "time_cap"
-    trainer.finish()
+    track.finish(trainer)
     result = json.loads((folder / "result.json").read_text())
     assert result["stopped_by"] == "time_cap" and result["steps"] == 7 and result["epochs"] == 1
     assert list(result["readouts"])[:2] == ["epoch_1", "epoch_2_cut_short"]
@@ -135,7 +135,7 @@ def test_a_cap_before_the_first_member_still_gives_a_readout(track, small, folde
     trainer, _ = track.set_up(flags(**small | {"time_cap_min": 3.5 / 60, "readout_epochs": 1}))
     trainer.clock = track.Clock(FakeTime())
     trainer.fit()
-    trainer.finish()
+    track.finish(trainer)
     result = json.loads((folder / "result.json").read_text())
     assert result["steps"] == 3 and result["val_loss"] == pytest.approx(result["readouts"]["epoch_1_cut_short"])
 
@@ -145,7 +145,7 @@ def test_a_cap_at_the_end_of_an_epoch_gives_a_readout(track, small, folder):
     trainer.clock = track.Clock(FakeTime())
     trainer.fit()
     assert (trainer.step, trainer.stopped_by) == (6, "time_cap")
-    trainer.finish()
+    track.finish(trainer)
     result = json.loads((folder / "result.json").read_text())
     assert result["val_loss"] == pytest.approx(result["readouts"]["epoch_1"])
 
@@ -155,7 +155,7 @@ def test_without_a_cap_all_steps_run(track, small, folder):
     trainer.clock = track.Clock(FakeTime(1e6))
     trainer.fit()
     assert trainer.stopped_by == "steps" and trainer.step == 11
-    trainer.finish()
+    track.finish(trainer)
     assert (
         f"the cap of {track.Config().time_cap_min:g} min is lifted"
         in json.loads((folder / "result.json").read_text())["not_eligible_because"]
@@ -208,7 +208,7 @@ def test_a_full_disk_does_not_end_the_run(track, small, folder, monkeypatch, cap
     printed = capsys.readouterr().out
     assert "checkpoint at step 8 NOT saved: OSError, [Errno 28] No space left on device" in printed
     assert "GiB free). The run goes on, and earlier checkpoints stay" in printed
-    trainer.finish()
+    track.finish(trainer)
     assert json.loads((folder / "result.json").read_text())["steps"] == 11
 
 
@@ -231,7 +231,7 @@ def test_members_wait_in_memory_for_space(track, small, folder, monkeypatch):
     fill_disk(monkeypatch, track, "save_file", lambda tensors, path: trainer.step < 11 and not waited.append(path))
     trainer.fit()
     assert waited and not trainer.unsaved
-    trainer.finish()
+    track.finish(trainer)
     result = json.loads((folder / "result.json").read_text())
     assert set(result["final_sha256"]) == {"epoch_01.safetensors", "epoch_02.safetensors", "members.json"}
 
@@ -256,7 +256,7 @@ def test_the_older_checkpoint_makes_room_for_the_result(track, small, folder, mo
     fill_disk(monkeypatch, track, "save_file", lambda *_: trainer.step == 11 and len(trainer.run.checkpoints()) > 1)
     trainer.fit()
     assert trainer.unsaved and len(trainer.run.checkpoints()) == 2
-    assert trainer.finish() == 0
+    assert track.finish(trainer) == 0
     hashes = json.loads((folder / "result.json").read_text())["final_sha256"]
     assert "epoch_02.safetensors" in hashes
     for member in json.loads((folder / "final" / "members.json").read_text())["members"]:
@@ -593,16 +593,16 @@ def test_a_signal_in_the_warm_up(track, small, folder, monkeypatch, capsys):
 
 
 def test_a_signal_in_the_readout(track, small, folder, monkeypatch, capsys):
-    load_member = track.Trainer.load_member
+    load_member = track.load_member
 
     def interrupted(trainer, member):
         signal.raise_signal(signal.SIGTERM)
         load_member(trainer, member)
 
-    monkeypatch.setattr(track.Trainer, "load_member", interrupted)
+    monkeypatch.setattr(track, "load_member", interrupted)
     assert track.main(flags(**small)) == 0
     assert "stopped by SIGTERM after step 11; resume with" in capsys.readouterr().out
     assert not (folder / "result.json").exists()
-    monkeypatch.setattr(track.Trainer, "load_member", load_member)
+    monkeypatch.setattr(track, "load_member", load_member)
     assert track.main(["--resume", str(folder)]) == 0
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"

@@ -1491,6 +1491,12 @@ def stage_changes(plan: Plan) -> dict[int, str]:
     return {step: text for step, text in enumerate(said) if step == 0 or text != said[step - 1]}
 
 
+# Copied from train.py: step_flops_per_token
+def step_flops_per_token(plan: Plan, step: int) -> float:
+    """Floating-point operations of an optimizer step, per token."""
+    return flops_per_token(plan.config, **stage(plan, step))
+
+
 # Copied from train.py: pass_arguments
 def pass_arguments(plan: Plan, step: int, micro_step: int) -> dict:
     """What else the model needs for the training loss: the layers that stochastic depth drops."""
@@ -2112,7 +2118,7 @@ def duration(seconds: float) -> str:
 
 # Copied from train.py: Trainer
 class Trainer:
-    """A training run: its state, and its phases warm_up, resume, fit and finish."""
+    """A training run: its state, and its phases warm_up, resume and fit. What follows is finish."""
 
     def __init__(self, config: Config, world: World, run: Run, plan: Plan, shards: dict[str, Shard], byte_lengths):
         self.config, self.world, self.run, self.plan, self.shards = config, world, run, plan, shards
@@ -2131,7 +2137,7 @@ class Trainer:
         self.weights = ComputeWeights(self.model, self.dtype)
         self.loader = TrainLoader(shards["train"], plan, world.virtual_ranks)
         self.eval_sets = {s: EvalSet(shards[s], config, world, byte_lengths) for s in ("val", "holdout") if s in shards}
-        costs = [flops_per_token(config, **stage(plan, step)) for step in range(plan.num_steps)]
+        costs = [step_flops_per_token(plan, step) for step in range(plan.num_steps)]
         self.tokens = np.array([plan.tokens_done(step) for step in range(plan.num_steps + 1)])  # before a step
         self.flops = np.cumsum([0.0, *(costs * np.diff(self.tokens))])  # of all steps before a step
         self.stages = stage_changes(plan)
@@ -2436,77 +2442,6 @@ class Trainer:
         self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; {how}")
         return 1 if self.checkpoint_failure else 0
 
-    # --------------------------------------------------------------------------------------------------------- readout
-
-    def load_member(self, member: dict) -> None:
-        """Put a member's weights into the model, from the disk or from memory."""
-        if self.world.main:
-            saved = self.unsaved.get(member["file"]) or load_file(self.run.folder / "final" / member["file"])
-            for name, p in self.model.named_parameters():
-                p.data.copy_(saved[name])
-        self.optimizer.broadcast_values()
-        self.weights.refresh()
-
-    def finish(self) -> int:
-        """Read out, print the final block, write result.json, clean up -> the exit code."""
-        found = read_out(self)
-        if found is None:
-            return self.say_how_to_resume()
-        val, holdout, final = found
-        if not all(map(math.isfinite, self.readouts.values())):
-            self.fail("validation", val.loss, self.step - 1)
-        if not self.world.main:
-            return 0
-        folder, failure = self.run.folder, self.save_final(final)
-        result = self.result(val, holdout)
-        reasons = ineligible(self.config, result)
-        result |= {"eligible": not reasons, "not_eligible_because": reasons}
-        self.draw_curve(val.loss)
-        self.run.log(final_block(result, folder))
-        failure = failure or try_to_write_json(folder / "result.json", result)
-        if failure:
-            self.run.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
-            return 1
-        shutil.rmtree(folder / "checkpoints")
-        if self.run.wandb is not None:
-            self.run.wandb.summary.update(result)
-        return 0
-
-    def save_final(self, final: dict) -> str:
-        """Complete final/, with members.json, and drop what else is there -> why it failed, empty if it did not."""
-        for path in (self.run.folder / "final").iterdir():
-            if path.name not in [member["file"] for member in final["members"]]:
-                path.unlink()
-        if self.save_members():  # the disk is full: the older checkpoint makes room
-            self.run.drop_checkpoints(keep=1)
-        return self.save_members() or try_to_write_json(self.run.folder / "final" / "members.json", final)
-
-    def result(self, val: Score, holdout: Score | None) -> dict:
-        """What result.json says, but for eligibility."""
-        c, world, seconds = self.config, self.world, self.clock.train_time_s
-        tokens = self.plan.tokens_done(self.step)
-        hashes, folder = {split: shard.sha256 for split, shard in self.shards.items()}, self.run.folder
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if world.cuda:
-            memory = torch.cuda.max_memory_allocated(world.device)
-        peak = peak_flops(world.device)
-        return {
-            "track": TRACK, "status": "finished", "stopped_by": self.stopped_by, "run_id": self.run.run_id,
-            "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(self.readouts.values()),
-            "readouts": self.readouts, "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
-            "data_efficiency": data_efficiency(val.loss) if hashes["val"] == OFFICIAL_SHA256["val"] else None,
-            "steps": self.step, "tokens": tokens, "epochs": self.plan.epochs_done(self.step),
-            "train_time_s": seconds, "wall_time_s": self.wall_time_s(), "time_cap_min": c.time_cap_min,
-            "seed": c.seed, "world_size": world.size, "device": device_name(world.device),
-            **self.kernels, "dtype": str(self.dtype).removeprefix("torch."), "compiled": self.compiled,
-            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / seconds,
-            "mfu": self.flops[self.step] / seconds / peak / world.size if peak else None,
-            "parameters": self.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
-            "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
-            "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
-        }  # fmt: skip
-
 
 # Copied from train.py: training_state
 def training_state(trainer: Trainer) -> dict:
@@ -2530,6 +2465,17 @@ def check_members(folder: Path, members: list[dict]) -> None:
     for path, sha256 in ((folder / "final" / member["file"], member["sha256"]) for member in members):
         sound = path.exists() and sha256_file(path) == sha256
         require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
+
+
+# Copied from train.py: load_member
+def load_member(trainer: Trainer, member: dict) -> None:
+    """Put a member's weights into the model, from the disk or from memory."""
+    if trainer.world.main:
+        saved = trainer.unsaved.get(member["file"]) or load_file(trainer.run.folder / "final" / member["file"])
+        for name, p in trainer.model.named_parameters():
+            p.data.copy_(saved[name])
+    trainer.optimizer.broadcast_values()
+    trainer.weights.refresh()
 
 
 # Copied from train.py: recency_weights
@@ -2568,7 +2514,7 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     for weight, member in zip(weights, members, strict=True):
         if trainer.any_signal():
             return None
-        trainer.load_member(member)
+        load_member(trainer, member)
         for name, eval_set in eval_sets.items():
             nats[name].append(eval_set.nats(losses))
         add_to_average(trainer, weight)
@@ -2580,6 +2526,45 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     use_average(trainer)
     trainer.readouts["weight_average"] = eval_sets["val"].score(eval_sets["val"].nats(losses)).loss
     return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": members}
+
+
+# Copied from train.py: save_final
+def save_final(trainer: Trainer, final: dict) -> str:
+    """Complete final/, with members.json, and drop what else is there -> why it failed, empty if it did not."""
+    for path in (trainer.run.folder / "final").iterdir():
+        if path.name not in [member["file"] for member in final["members"]]:
+            path.unlink()
+    if trainer.save_members():  # the disk is full: the older checkpoint makes room
+        trainer.run.drop_checkpoints(keep=1)
+    return trainer.save_members() or try_to_write_json(trainer.run.folder / "final" / "members.json", final)
+
+
+# Copied from train.py: make_result
+def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
+    """What result.json says, but for eligibility."""
+    c, world, seconds = trainer.config, trainer.world, trainer.clock.train_time_s
+    tokens = trainer.plan.tokens_done(trainer.step)
+    hashes, folder = {split: shard.sha256 for split, shard in trainer.shards.items()}, trainer.run.folder
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if world.cuda:
+        memory = torch.cuda.max_memory_allocated(world.device)
+    peak = peak_flops(world.device)
+    return {
+        "track": TRACK, "status": "finished", "stopped_by": trainer.stopped_by, "run_id": trainer.run.run_id,
+        "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(trainer.readouts.values()),
+        "readouts": trainer.readouts, "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
+        "data_efficiency": data_efficiency(val.loss) if hashes["val"] == OFFICIAL_SHA256["val"] else None,
+        "steps": trainer.step, "tokens": tokens, "epochs": trainer.plan.epochs_done(trainer.step),
+        "train_time_s": seconds, "wall_time_s": trainer.wall_time_s(), "time_cap_min": c.time_cap_min,
+        "seed": c.seed, "world_size": world.size, "device": device_name(world.device),
+        **trainer.kernels, "dtype": str(trainer.dtype).removeprefix("torch."), "compiled": trainer.compiled,
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / seconds,
+        "mfu": trainer.flops[trainer.step] / seconds / peak / world.size if peak else None,
+        "parameters": trainer.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
+        "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
+        "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
+    }  # fmt: skip
 
 
 # Copied from train.py: ineligible
@@ -2645,6 +2630,33 @@ def final_block(result: dict, folder: Path) -> str:
         f"run folder {folder}, curve {folder / 'curve.png'}",
     ]
     return "\n".join(["=" * 100, *lines, "=" * 100])
+
+
+# Copied from train.py: finish
+def finish(trainer: Trainer) -> int:
+    """Read out, print the final block, write result.json, clean up -> the exit code."""
+    found = read_out(trainer)
+    if found is None:
+        return trainer.say_how_to_resume()
+    val, holdout, final = found
+    if not all(map(math.isfinite, trainer.readouts.values())):
+        trainer.fail("validation", val.loss, trainer.step - 1)
+    if not trainer.world.main:
+        return 0
+    folder, failure = trainer.run.folder, save_final(trainer, final)
+    result = make_result(trainer, val, holdout)
+    reasons = ineligible(trainer.config, result)
+    result |= {"eligible": not reasons, "not_eligible_because": reasons}
+    trainer.draw_curve(val.loss)
+    trainer.run.log(final_block(result, folder))
+    failure = failure or try_to_write_json(folder / "result.json", result)
+    if failure:
+        trainer.run.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
+        return 1
+    shutil.rmtree(folder / "checkpoints")
+    if trainer.run.wandb is not None:
+        trainer.run.wandb.summary.update(result)
+    return 0
 
 
 # Copied from train.py: set_up
@@ -2715,7 +2727,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{Path(__file__).name}: error: {error}{advice}", file=sys.stderr)
             return 2
         trainer.fit()
-        return trainer.say_how_to_resume() if trainer.stopped_by == "signal" else trainer.finish()
+        return trainer.say_how_to_resume() if trainer.stopped_by == "signal" else finish(trainer)
     except NonFiniteLoss as error:
         trainer.run.log(f"stopped: {error}")
         return 1
