@@ -1594,7 +1594,7 @@ class Trainer:
         def read() -> dict | None:
             content, info = self.run.load_checkpoint() or ({}, None)
             tensors.update(content)
-            check_members(self.run.folder, info["members"] if info else [])
+            check_members(self.run, info["members"] if info else [])
             self.run.drop_metrics_after(info["step"] if info else -1)
             (self.run.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
             return info
@@ -1651,9 +1651,9 @@ def restore(trainer: Trainer, tensors: dict) -> None:
     trainer.optimizer.load_state_dict(tensors.get("optimizer", {}))
 
 
-def check_members(folder: Path, members: list[dict]) -> None:
+def check_members(run: Run, members: list[dict]) -> None:
     """Refuse to resume where weights of the readout are not as they were saved (ValueError)."""
-    for path, sha256 in ((folder / "final" / member["file"], member["sha256"]) for member in members):
+    for path, sha256 in ((run.folder / "final" / member["file"], member["sha256"]) for member in members):
         sound = path.exists() and sha256_file(path) == sha256
         require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
 
