@@ -1741,7 +1741,8 @@ def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
         "steps": trainer.step, "tokens": tokens, "epochs": trainer.plan.epochs_done(trainer.step),
         "train_time_s": seconds, "wall_time_s": trainer.wall_time_s(), "time_cap_min": c.time_cap_min,
         "seed": c.seed, "world_size": world.size, "device": device_name(world.device),
-        **trainer.kernels, "dtype": str(trainer.dtype).removeprefix("torch."), "compiled": trainer.compiled,
+        "dtype": str(trainer.dtype).removeprefix("torch."), "compiled": trainer.compiled, **trainer.kernels,
+        "mixing": MIXING,
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / seconds,
         "mfu": trainer.flops[trainer.step] / seconds / peak / world.size if peak else None,
@@ -1802,7 +1803,7 @@ def final_block(result: dict, folder: Path) -> str:
     lines = [
         f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
         *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
-        f"val_loss   {result['val_loss']:.4f} ({MIXING}_average){bpb}; best readout {result['best_val_loss']:.4f}",
+        f"val_loss   {result['val_loss']:.4f} (average of {result['mixing']}){bpb}; best {result['best_val_loss']:.4f}",
         f"holdout    {holdout}",
         f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
         f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "

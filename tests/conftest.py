@@ -17,6 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # the models are tiny
 # Track -> module; a new track adds itself here and below
 TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train"}
+UNLIMITED = {"unlimited": "unlimited.train"}  # whose runs are of another kind: tests/test_unlimited.py
+ALL_TRACKS = pytest.mark.parametrize("track", TRACKS | UNLIMITED, indirect=True)
 
 V = 97  # vocabulary of the small data; the BOS is 96
 COMMON = {
@@ -30,6 +32,14 @@ SMALL = {  # flags of a run of 11 steps, two epochs of 5.5 steps, that takes a s
 }
 SMALL["two_hour"] = SMALL["limited"] | {"window_schedule": "1-1:4,12;2-3:12,28;4-12:20,32"}
 SMALL["two_hour"] |= {"meta_gradient": True, "stochastic_depth": 0.0}
+SMALL["unlimited"] = {  # two chains of three cycles, of 10, 5 and 10 steps, the last two with a teacher
+    name: value
+    for name, value in SMALL["limited"].items()
+    if name not in ("num_epochs", "swa_epochs", "readout_epochs", "replay_from_epoch")
+} | {
+    "chains": 2, "cycles": 3, "cycle_epochs": 1, "teach_after": 1, "fitness_tokens": 500, "outer_batch_tokens": 512,
+    "replay_loops": 1, "processes_per_chain": 1,
+}  # fmt: skip
 NOISE = {"limited": {"dropout": 0.1, "stochastic_depth": 0.1}, "tiny": {"dropout": 0.1}}  # flags of what is random
 NOISE["two_hour"] = NOISE["limited"]
 # What the model switches late in a run, and how it is called before and after
@@ -37,10 +47,11 @@ STAGES = {
     "limited": ({"replay": False}, {"replay": True}),
     "tiny": ({"passes": 1}, {"passes": 2}),
     "two_hour": ({"replay": False, "windows": [4, 12]}, {"replay": True, "windows": [12, 28]}),
+    "unlimited": ({"replay": False}, {"replay": True}),
 }
 MICRO_STEPS = {"limited": {}, "tiny": {"micro_batch": 4}, "two_hour": {}}  # as the record has, where SMALL has others
 FOUR_LAYERS = {"limited": {"n_layer": 4, "replay_start": 2, "replay_end": 3}, "tiny": {"n_layer": 4}}
-FOUR_LAYERS["two_hour"] = FOUR_LAYERS["limited"]
+FOUR_LAYERS["two_hour"] = FOUR_LAYERS["unlimited"] = FOUR_LAYERS["limited"]
 
 
 def sized(track, sequence_len: int) -> dict:
@@ -52,7 +63,7 @@ def sized(track, sequence_len: int) -> dict:
 @pytest.fixture(params=TRACKS)
 def track(request):
     """The module of a track's script; tests with this argument run once for each track."""
-    return importlib.import_module(TRACKS[request.param])
+    return importlib.import_module((TRACKS | UNLIMITED)[request.param])
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import FOUR_LAYERS, MICRO_STEPS, NOISE, SMALL, STAGES, V, flags, sized
+from conftest import ALL_TRACKS, FOUR_LAYERS, MICRO_STEPS, NOISE, SMALL, STAGES, V, flags, sized
 
 import model as root
 import tiny.train as tiny
 import two_hour.train as two_hour
+import unlimited.train as unlimited
 
 BOTH = pytest.mark.parametrize("late", [False, True])  # before and after the switch of STAGES
 T = 32
@@ -41,6 +42,7 @@ def random_tokens(batch: int = 2) -> torch.Tensor:
 
 
 @BOTH
+@ALL_TRACKS
 def test_no_position_sees_the_future_or_another_sequence(track, small_model, late):
     tokens, position, how = random_tokens(), 17, STAGES[track.TRACK][late]
     changed = tokens.clone()
@@ -52,6 +54,7 @@ def test_no_position_sees_the_future_or_another_sequence(track, small_model, lat
 
 
 @BOTH
+@ALL_TRACKS
 def test_a_prefix_is_predicted_as_in_the_whole(track, small_model, late):
     """Shorter inputs than the sequences of training mean the same model, whichever layers see all of them."""
     tokens, how = random_tokens(), STAGES[track.TRACK][late]
@@ -61,6 +64,7 @@ def test_a_prefix_is_predicted_as_in_the_whole(track, small_model, late):
 
 
 @BOTH
+@ALL_TRACKS
 def test_log_probs_token_losses_and_training_loss_agree(track, small_model, late):
     tokens, how = random_tokens(), STAGES[track.TRACK][late]
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -86,9 +90,11 @@ def test_attention_window(model, window):
     torch.testing.assert_close(model.attend(q, k, v, window, *scale, "sdpa"), expected)
 
 
+@ALL_TRACKS
 def test_attention_error_finds_a_wrong_backend(track, model, monkeypatch):
     """By this the warm-up checks a GPU's attention: small for the right one, large for a window that is off by one."""
-    config = small_config(track, **sized(track, 64), batch_tokens=1024)
+    batches = {"outer_batch_tokens": 1024} if track is unlimited else {}
+    config = small_config(track, **sized(track, 64), batch_tokens=1024, **batches)
     assert model.attention_error(config, torch.device("cpu"), "sdpa") < 0.02
     attend_right = model.attend
 
@@ -99,13 +105,14 @@ def test_attention_error_finds_a_wrong_backend(track, model, monkeypatch):
     assert model.attention_error(config, torch.device("cpu"), "wrong") > 0.1
 
 
+@ALL_TRACKS
 def test_windows_of_the_record(track):
     config = track.Config()
     last, windows = config.n_layer - 1, ((1024, 2048),) if track is two_hour else ()
     found = [config.window(i, *windows) for i in range(config.n_layer)]
     assert found[:4] == [1024, 1024, 1024, 2048] and found[last - 1 :] == [1024, 2048]
     assert [i for i in range(last) if found[i] == 2048] == list(range(3, last, 4))
-    assert config.padded_vocab == 50304 and config.hidden == (2816 if track is tiny else 4864)
+    assert config.padded_vocab == 50304 and config.hidden == {"tiny": 2816, "unlimited": 5632}.get(track.TRACK, 4864)
 
 
 def test_layer_order_of_the_record():
@@ -115,6 +122,7 @@ def test_layer_order_of_the_record():
     assert config.layer_order(True) == [*range(15), *replayed, *replayed, *replayed, *range(21, 30)]
 
 
+@ALL_TRACKS
 def test_compute_weights_equal_autograd(track, small_model):
     """Sums of several backward passes, pulled back once, are the gradients of the differentiable path."""
     tokens, late = random_tokens(4), STAGES[track.TRACK][1]
@@ -138,6 +146,7 @@ def test_compute_weights_equal_autograd(track, small_model):
         torch.testing.assert_close(p.grad, expected[name], msg=name)
 
 
+@ALL_TRACKS
 def test_bfloat16_gradients_are_summed_in_float32(track):
     model = track.GPT(small_config(track))
     far_from_start(model)
@@ -175,10 +184,13 @@ def test_dropout(model):
 
 def test_each_script_has_a_dropout_operator_of_its_own():
     """Registered under one name, the second script's would pull the first's from under it."""
-    names = [module._DROPOUT for module in (root, tiny, two_hour)]
-    assert names == ["slowrun_model::dropout", "slowrun_tiny_train::dropout", "slowrun_two_hour_train::dropout"]
+    names = [module._DROPOUT for module in (root, tiny, two_hour, unlimited)]
+    assert names == [
+        f"slowrun_{script}::dropout" for script in ("model", "tiny_train", "two_hour_train", "unlimited_train")
+    ]
 
 
+@ALL_TRACKS
 def test_dropout_is_off_in_validation(track, small_model):
     noisy = track.GPT(small_config(track, dropout=0.5)).double()
     noisy.load_state_dict(small_model.state_dict())
@@ -336,6 +348,7 @@ def test_counts_of_the_record(track):
     assert total == sum(p.numel() for p in parameters.values()) and static < needed < 80
 
 
+@ALL_TRACKS
 def test_initialisation(track):
     torch.manual_seed(0)
     model, C = track.GPT(small_config(track, n_embd=256, n_head=4)), 256

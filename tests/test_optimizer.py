@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import NOISE, flags
+from conftest import ALL_TRACKS, NOISE, flags
 
 import train
 
@@ -48,6 +48,7 @@ def test_polar_express_is_nearly_orthogonal(shape):
     assert (alignment > 0.8).all()
 
 
+@ALL_TRACKS
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
 def test_muon_step_written_out(track, shape):
     """Two steps on a stack equal two steps on each matrix by itself, in plain loops."""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MICRO_STEPS, NOISE, ROOT, STAGES, TRACKS, flags, read_metrics
+from conftest import ALL_TRACKS, MICRO_STEPS, NOISE, ROOT, STAGES, TRACKS, flags, read_metrics
 
 
 class FakeTime:
@@ -279,6 +279,7 @@ class FullDisk:
         return getattr(self.file, name)
 
 
+@ALL_TRACKS
 def test_lines_wait_for_space(track, tmp_path):
     lines = track.Lines(tmp_path / "log.txt")
     lines.file = FullDisk(lines.file)
@@ -501,6 +502,7 @@ def test_bad_settings_are_refused_before_anything_is_written(track, small, folde
     assert not folder.exists()
 
 
+@ALL_TRACKS
 def test_unknown_flags_and_values_are_refused(track, capsys):
     for arguments in (["--n-layers=4"], ["--n-lay=4"], ["--n-layer=many"], ["--device=tpu"]):
         with pytest.raises(SystemExit) as caught:
@@ -542,6 +544,7 @@ def test_full_size_without_a_gpu(track, data_dir, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@ALL_TRACKS
 def test_every_flag_has_a_help_text(track, capsys):
     with pytest.raises(SystemExit):
         track.main(["--help"])
@@ -549,10 +552,12 @@ def test_every_flag_has_a_help_text(track, capsys):
     for name in track.Config.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in printed
     said = {"limited": "first epoch with layer replay (0: never) [7]", "tiny": "the steps with a single pass [0.7]"}
+    said["unlimited"] = "cycles of the learning rate in a chain; the end of each gives a snapshot, a member [96]"
     said["two_hour"] = "[1-6:256,768;7-13:768,1792;14-22:1280,2048]"
     assert said[track.TRACK] in printed
 
 
+@ALL_TRACKS
 def test_importing_the_script_does_nothing(track, tmp_path):
     """So that tests and the referee can import it: no output, no file, no random numbers drawn."""
     program = "import torch; state = torch.get_rng_state(); import {}; assert torch.equal(state, torch.get_rng_state())"

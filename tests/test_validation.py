@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import flags
+from conftest import ALL_TRACKS, flags
 
 import train
 
@@ -81,6 +81,7 @@ def test_mixture_averages_probabilities():
     torch.testing.assert_close(train.mix([torch.tensor([800.0])], [2.0]), torch.tensor([800.0]))  # exp(-800) is 0
 
 
+@ALL_TRACKS
 def test_data_efficiency(track):
     """The published figures, the ends of the range, and beyond."""
     assert track.data_efficiency(3.402) == pytest.approx(3.81, abs=0.005)

@@ -2174,7 +2174,7 @@ def draw_ensemble(folder: Path, members: list[dict], weights: Tensor, losses: di
     left, middle, right = figure.subplots(1, 3)
     for chain in sorted({member["chain"] for member in members}):
         own = [i for i, member in enumerate(members) if member["chain"] == chain]
-        cycles = [members[i]["cycle"] + 1 for i in own]
+        cycles = [members[i]["cycle"] for i in own]
         left.plot(
             cycles, [members[i]["val_loss"] for i in own], "o-", markersize=3, linewidth=1, label=f"chain {chain}"
         )
@@ -2343,7 +2343,7 @@ class ChainRun(Run):
     def progress(self, done: int, total: int, parts: list[str], printed: bool) -> None:
         """As Run.progress; chains that are trained beside the first have no bar, which would write over its own."""
         if self.on_screen:
-            super().progress(done, total, [f"chain {self.chain}", *parts], printed)
+            super().progress(done, total, parts, printed)
         elif printed:
             self.log(" | ".join([f"step {done}/{total}", *parts]))
 
@@ -2754,24 +2754,20 @@ def losses_of(model: GPT, weights: Weights, tokens: Tensor, targets: Tensor, **h
 
 def read_ledger(folder: Path) -> dict:
     """What a chain's folder says of it: whether it is finished, its snapshots, their hashes and losses."""
-    path, keys = folder / "ledger.json", {"chain", "state", "members", "train_time_s", "tokens", "flops"}
-    if not path.exists():
-        return {"chain": int(folder.name), "state": "waiting", "members": [], **dict.fromkeys(keys & _SUMS, 0)}
-    return read_json(path, keys, f"delete {folder} to train this chain again")
-
-
-_SUMS = {"train_time_s", "tokens", "flops"}  # what a ledger counts
+    path, counted = folder / "ledger.json", ("steps", "tokens", "flops", "train_time_s", "wall_time_s")
+    empty = {"chain": int(folder.name), "state": "waiting", "members": []} | dict.fromkeys(counted, 0)
+    return read_json(path, set(empty), f"delete {folder} to train this chain again") if path.exists() else empty
 
 
 class Chain(Trainer):
     """The training of a chain. The end of each cycle gives a snapshot, and begins the next."""
 
-    def __init__(
-        self, number: int, rounds: int, config: Config, world: World, run: Run, plan: Plan, shards, byte_lengths
-    ):
-        super().__init__(config, world, run, plan, shards, byte_lengths)
-        self.number, self.rounds = number, rounds  # rounds: chains that each group of processes trains at most
-        self.eval_sets["fitness"] = fitness_set(shards["fitness"], config, world, byte_lengths)
+    def __init__(self, number: int, rounds: int, world: World, run: Run, plan: Plan, shards, byte_lengths):
+        """rounds: chains that a group of processes trains one after the other, for the projection."""
+        super().__init__(plan.config, world, run, plan, shards, byte_lengths)
+        self.number, self.rounds = number, rounds
+        all_of_it = dataclasses.replace(plan.config, val_sequences=len(shards["fitness"].tokens))
+        self.eval_sets["fitness"] = EvalSet(shards["fitness"], all_of_it, world, byte_lengths)
         self.teacher: Weights | None = None
         self.snapshot: dict[str, Tensor] = {}  # the teacher's, in the main process, for checkpoints
 
@@ -2863,7 +2859,7 @@ class Chain(Trainer):
             members = [member for member in self.members if "sha256" in member]
             ledger = {"chain": self.number, "seed": self.config.seed, "state": state, "steps": self.step}
             ledger |= {"train_time_s": self.clock.train_time_s, "tokens": self.plan.tokens_done(self.step)}
-            ledger |= {"flops": float(self.flops[self.step]), "members": members}
+            ledger |= {"flops": float(self.flops[self.step]), "wall_time_s": self.wall_time_s(), "members": members}
             failure = try_to_write_json(self.run.folder / "ledger.json", ledger)
             if failure:
                 self.run.log(f"ledger.json is NOT saved: {failure}")
@@ -2872,11 +2868,6 @@ class Chain(Trainer):
         chain_s = self.clock.train_time_s + self.remaining_s(self.step, statistics.median(self.recent_s))
         rest = f", {duration(self.rounds * chain_s)} for all chains ({self.rounds} one after the other)"
         self.run.log(f"projected training time {duration(chain_s)}{rest if self.rounds > 1 else ''}")
-
-
-def fitness_set(shard: Shard, config: Config, world: World, byte_lengths) -> EvalSet:
-    """All of the fitness set, to score."""
-    return EvalSet(shard, dataclasses.replace(config, val_sequences=len(shard.tokens)), world, byte_lengths)
 
 
 class Ensemble:
@@ -2888,21 +2879,17 @@ class Ensemble:
     def __init__(self, config: Config, world: World, group: World, run: Run, plan: Plan, shards, byte_lengths):
         self.config, self.world, self.group, self.run, self.plan = config, world, group, run, plan
         self.shards, self.byte_lengths = shards, byte_lengths
-        self.dtype, self.kernels = (
-            compute_dtype(config, world.device),
-            choose_kernels(config, world.device, compute_dtype(config, world.device)),
-        )
+        self.dtype = compute_dtype(config, world.device)
+        self.kernels = choose_kernels(config, world.device, self.dtype)
         self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
-        self.groups, self.folders = (
-            world.size // group.size,
-            [run.folder / "chains" / f"{i:02d}" for i in range(config.chains)],
-        )
+        with torch.device("meta"):
+            self.num_parameters = sum(p.numel() for p in GPT(config).parameters())
         self.stopped_by, self.signal, self.signal_at, self.failed = "", "", 0.0, False
-        self.chain: Chain | None = None
-        self.num_parameters, self.started, self.earlier_wall_s = 0, time.monotonic(), 0.0
-        todo = world.share(self.unfinished)
-        self.rounds = math.ceil(len(todo) / self.groups)
+        self.folders = [run.folder / "chains" / f"{number:02d}" for number in range(config.chains)]
+        self.groups, todo = world.size // group.size, world.share(self.unfinished)
+        self.rounds = math.ceil(len(todo) / self.groups)  # chains that a group trains one after the other
         self.todo = deque(todo[world.rank // group.size :: self.groups])
+        self.chain: Chain | None = None  # the one that is trained
 
     def unfinished(self) -> list[int]:
         """Chains that are not finished; in the main process, before any is trained."""
@@ -2910,9 +2897,8 @@ class Ensemble:
         for folder, ledger in zip(self.folders, ledgers, strict=True):
             if ledger["state"] == "stopped":  # in an earlier session
                 write_json(folder / "ledger.json", ledger | {"state": "waiting"})
-        return (
-            [] if self.config.select_only else [c for c, ledger in enumerate(ledgers) if ledger["state"] != "finished"]
-        )
+        todo = [] if self.config.select_only else ledgers
+        return [ledger["chain"] for ledger in todo if ledger["state"] != "finished"]
 
     def warm_up(self) -> None:
         """Begin with the first chain, or go on with it."""
@@ -2933,17 +2919,13 @@ class Ensemble:
         group.share(run.open)
         group.share(run.start_wandb, c)
         shards = {name: shard for name, shard in self.shards.items() if name != "holdout"}
-        self.chain = Chain(
-            number, self.rounds, c.of_chain(number), group, run, self.plan_of(number), shards, self.byte_lengths
-        )
+        plan = dataclasses.replace(self.plan, config=c.of_chain(number))
+        self.chain = Chain(number, self.rounds, group, run, plan, shards, self.byte_lengths)
         self.chain.signal, self.chain.signal_at = self.signal, self.signal_at
         self.chain.warm_up()
         if group.share(lambda: bool(run.checkpoints()) or (folder / "metrics.jsonl").stat().st_size > 0):
             self.chain.resume()
         self.chain.write_ledger("training")
-
-    def plan_of(self, number: int) -> Plan:
-        return Plan(self.config.of_chain(number), self.plan.num_sequences)
 
     def fit(self) -> None:
         """Train this group's chains, then wait for those of the others; `stopped_by` says whether a signal came."""
@@ -2952,14 +2934,14 @@ class Ensemble:
             stopped = self.chain.stopped_by == "signal" or self.group.share(lambda: bool(self.chain.unsaved))
             self.chain.write_ledger("stopped" if stopped else "finished")
             self.failed = bool(self.chain.checkpoint_failure)
+            if not stopped and self.group.main:
+                shutil.rmtree(self.chain.run.folder / "checkpoints")
             self.chain.run.close()
             if stopped:
                 self.stopped_by = "signal" if self.chain.stopped_by == "signal" else "full disk"
                 return
-            if self.group.main:
-                self.chain.run.drop_checkpoints(keep=0)
             self.chain = None
-            gc.collect()
+            gc.collect()  # its memory is needed by the next
             self.open_next_chain()
         said = False
         while not self.config.select_only:
@@ -2974,7 +2956,7 @@ class Ensemble:
                 self.run.log(f"waiting for chains {waiting}")
             said = True
             time.sleep(0.5)
-        self.stopped_by = "steps"
+        self.stopped_by, self.fitted = "select_only" if self.config.select_only else "steps", time.monotonic()
 
     def take_signal(self, number: int, frame) -> None:
         """Stop after the step under way; a second signal ends the process, unless it comes soon after."""
@@ -2984,9 +2966,8 @@ class Ensemble:
 
     def say_how_to_resume(self) -> int:
         """-> the exit code: 0 if all is saved."""
-        self.run.log(
-            f"stopped by {self.signal or self.stopped_by}; resume with the same command and: --resume {self.run.folder}"
-        )
+        how = f"launch {sys.argv[0]} --resume {self.run.folder} in the same way, or on other machines"
+        self.run.log(f"stopped by {self.signal or self.stopped_by}; to resume, {how}")
         return 1 if self.failed else 0
 
 
@@ -3102,7 +3083,7 @@ def read_out(ensemble: Ensemble) -> dict | None:
     """
     world, members = ensemble.world, candidates(ensemble)
     weights, found = world.share(weigh, ensemble, members)
-    declared, scores, readouts = max(found), {}, {}
+    declared, scores, readouts, losses = max(found), {}, {}, {}
     splits = ["val"] + ["holdout"] * ("holdout" in ensemble.shards)
     chosen = [(weight, member) for weight, member in zip(found[declared], members, strict=True) if weight > 0]
     if ensemble.config.average == "logit":
@@ -3120,14 +3101,15 @@ def read_out(ensemble: Ensemble) -> dict | None:
         if world.main:
             every = [*found.values(), [1 / len(members)] * len(members)]
             nats = mix_probabilities([snapshot_path(ensemble, m) for m in members], "val", every)
-            losses = [sets["val"].score(n) for n in nats]
-            readouts = {f"mixture_of_{size}": s.loss for size, s in zip(found, losses, strict=False)}
-            readouts["equal_weights"] = losses[-1].loss
-            scores["val"] = losses[list(found).index(declared)]
+            *of_sizes, equal = (sets["val"].score(n) for n in nats)
+            losses = {size: score.loss for size, score in zip(found, of_sizes, strict=True)}
+            readouts = {f"mixture_of_{size}": loss for size, loss in losses.items()} | {"equal_weights": equal.loss}
+            scores["val"] = of_sizes[list(found).index(declared)]
             for split in splits[1:]:
                 scores[split] = sets[split].score(*mix_probabilities(paths, split, [[w for w, _ in chosen]]))
     readouts["best_member"] = min(member["val_loss"] for member in members)
-    return {"members": members, "weights": weights, "chosen": chosen, "scores": scores, "readouts": readouts}
+    found = {"members": members, "weights": weights, "chosen": chosen}
+    return found | {"scores": scores, "losses": losses, "readouts": readouts}
 
 
 # Adapted from train.py: make_result -- of all chains
@@ -3136,8 +3118,12 @@ def make_result(ensemble: Ensemble, found: dict) -> dict:
     c, world, val, holdout = ensemble.config, ensemble.world, found["scores"]["val"], found["scores"].get("holdout")
     ledgers = [read_ledger(folder) for folder in ensemble.folders]
     by_group = [ledgers[i :: ensemble.groups] for i in range(ensemble.groups)]
-    seconds = max(sum(ledger["train_time_s"] for ledger in group) for group in by_group)
-    tokens, flops = (sum(ledger[key] for ledger in ledgers) for key in ("tokens", "flops"))
+    longest = (
+        max(sum(ledger[key] for ledger in group) for group in by_group) for key in ("train_time_s", "wall_time_s")
+    )
+    seconds, wall_s = longest
+    steps, tokens, flops = (sum(ledger[key] for ledger in ledgers) for key in ("steps", "tokens", "flops"))
+    finished = all(ledger["state"] == "finished" for ledger in ledgers)
     hashes, folder = (
         {split: shard.sha256 for split, shard in ensemble.shards.items() if split != "fitness"},
         ensemble.run.folder,
@@ -3147,16 +3133,17 @@ def make_result(ensemble: Ensemble, found: dict) -> dict:
         memory = torch.cuda.max_memory_allocated(world.device)
     peak = peak_flops(world.device)
     return {
-        "track": TRACK, "status": "finished", "stopped_by": ensemble.stopped_by, "run_id": ensemble.run.run_id,
+        "track": TRACK, "status": "finished" if finished else "partial", "stopped_by": ensemble.stopped_by,
+        "run_id": ensemble.run.run_id,
         "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(found["readouts"].values()),
         "readouts": found["readouts"], "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
         "data_efficiency": data_efficiency(val.loss) if hashes["val"] == OFFICIAL_SHA256["val"] else None,
         "chains": c.chains, "cycles": c.cycles, "candidates": len(found["members"]), "chosen": len(found["chosen"]),
-        "selection": c.selection, "average": c.average, "left_out_first": c.leave_out_first,
-        "steps": sum(ledger["steps"] for ledger in ledgers if "steps" in ledger), "tokens": tokens,
+        "selection": c.selection, "mixing": c.average, "leave_out_first": c.leave_out_first,
+        "steps": steps, "tokens": tokens,
         "epochs": tokens / (ensemble.plan.epoch_micro_steps * VIRTUAL_RANKS * c.micro_batch * c.sequence_len),
         "train_time_s": seconds, "train_time_s_of_chains": [ledger["train_time_s"] for ledger in ledgers],
-        "wall_time_s": ensemble.earlier_wall_s + time.monotonic() - ensemble.started, "time_cap_min": 0.0,
+        "wall_time_s": wall_s + time.monotonic() - ensemble.fitted, "time_cap_min": 0.0,
         "seed": c.seed, "world_size": world.size, "groups": ensemble.groups, "device": device_name(world.device),
         **ensemble.kernels, "dtype": str(ensemble.dtype).removeprefix("torch."), "compiled": ensemble.compiled,
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -3250,7 +3237,7 @@ def final_block(result: dict, folder: Path) -> str:
     lines = [
         f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
         *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
-        f"val_loss   {result['val_loss']:.4f} ({MIXING}_average){bpb}; best readout {result['best_val_loss']:.4f}",
+        f"val_loss   {result['val_loss']:.4f} (average of {result['mixing']}){bpb}; best {result['best_val_loss']:.4f}",
         f"holdout    {holdout}",
         f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
         f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "
@@ -3266,7 +3253,11 @@ def finish(ensemble: Ensemble) -> int:
     """Read out, print the final block, write result.json -> the exit code."""
     if ensemble.stopped_by == "full disk":
         return ensemble.say_how_to_resume()
-    found = read_out(ensemble)
+    try:
+        found = read_out(ensemble)
+    except ValueError as error:
+        ensemble.run.log(f"error: {error}")
+        return 2
     if found is None:
         ensemble.stopped_by = "signal"
         return ensemble.say_how_to_resume()
@@ -3277,10 +3268,11 @@ def finish(ensemble: Ensemble) -> int:
         result = make_result(ensemble, found)
         reasons = ineligible(ensemble.config, result)
         result |= {"eligible": not reasons, "not_eligible_because": reasons}
-        losses = {int(k[11:]): v for k, v in found["readouts"].items() if k.startswith("mixture_of_")}
+        losses = found["losses"] or {len(found["chosen"]): result["val_loss"]}
+        for size, loss in losses.items():
+            ensemble.run.record({"step": result["steps"], "mixture_of": size, "val_loss": loss})
         try:
-            sizes = losses or {len(found["chosen"]): result["val_loss"]}
-            draw_ensemble(folder, found["members"], torch.tensor(found["weights"]), sizes)
+            draw_ensemble(folder, found["members"], torch.tensor(found["weights"]), losses)
         except Exception as error:  # a full disk, or a library's fault: no reason to end a run
             ensemble.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
         ensemble.run.log(final_block(result, folder))
@@ -3339,11 +3331,9 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     world.share(lambda: loaded.update(load_data(config)))
     shards = loaded or load_data(config)
     hashes = {split: shard.sha256 for split, shard in shards.items()}
-    fitness, rest = world.share(lambda: [None, split_fitness(shards["train"], config)][0]) or split_fitness(
-        shards["train"], config
-    )
-    shards |= {"train": rest, "fitness": fitness}
-    plan = world.share(Plan, config, len(rest.sequences(config.sequence_len + 1)))
+    world.share(lambda: split_fitness(shards["train"], config) and None)
+    shards["fitness"], shards["train"] = split_fitness(shards["train"], config)
+    plan = world.share(Plan, config, len(shards["train"].sequences(config.sequence_len + 1)))
     byte_lengths, bytes_from = world.share(token_byte_lengths, config)
     T, scored = config.sequence_len, ("fitness", "val", "holdout")
     targets = sum(len(shards[split].tokens) // (T + 1) * T for split in scored if split in shards)
@@ -3362,8 +3352,6 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     world.share(run.open)
     ensemble = Ensemble(config, world, group, run, plan, shards, byte_lengths)
     ensemble.started = started
-    with torch.device("meta"):
-        ensemble.num_parameters = sum(p.numel() for p in GPT(config).parameters())
     wandb_said = config.wandb if config.wandb != "auto" else "as WANDB_API_KEY says"
     run.log(header(ensemble, saved, bytes_from, needed_gib, disk, wandb_said))
     return ensemble, resume is not None
