@@ -1190,19 +1190,19 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, t
     scores = snapshots * targets * 4 / 2**30
     needed = snapshots * member + scores + 3 * running * checkpoint
     resumed = folder.rglob("*") if (folder / "config.json").exists() else ()
-    there = sum(path.stat().st_size for path in resumed if path.is_file() and path.parent.name != "final") / 2**30
+    there = sum(path.stat().st_size for path in resumed if path.is_file() and path.parent != folder / "final") / 2**30
     disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free / 2**30
-    parts = (
-        f"{snapshots:,} snapshots, {member:.3g} GiB each in {str(dtype)[6:]}, {scores:.3g} GiB of their losses, and "
+    needed_gib, there_gib, free_gib, scores_gib, *each = (
+        f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:.3g} GiB"
+        for gib in (needed, there, free, scores, member, checkpoint)
     )
-    parts += f"three checkpoints of {checkpoint:.3g} GiB for each of {running} chain(s) that train at a time"
-    said = f"up to {needed:,.3g} GiB in {folder} ({parts}); {free:,.3g} GiB are free"
-    had = f", and {there:,.3g} GiB of it are there" if there else ""
-    require(
-        needed - there < free,
-        f"the run needs {said}{had}: make space, --keep fewer snapshots of a chain, or choose another --runs-dir",
-    )
+    parts = f"{snapshots:,} snapshots, {each[0]} each in {str(dtype)[6:]}, {scores_gib} of their losses, and three "
+    parts += f"checkpoints of {each[1]} for each of {running} chain(s) that train at a time"
+    said = f"up to {needed_gib} in {folder} ({parts}); {free_gib} are free"
+    had = f", and {there_gib} of it are there" if there else ""
+    advice = "make space, --keep fewer snapshots of a chain, or choose another --runs-dir"
+    require(needed - there < free, f"the run needs {said}{had}: {advice}")
     return said
 
 
