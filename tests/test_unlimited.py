@@ -6,6 +6,9 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, V, flags, launch, read_metrics, run_to_end, set_golden_parameters
+from conftest import ROOT, SMALL, V, flags, read_metrics, run_to_end, set_golden_parameters
 
 import unlimited.train as unlimited
 
@@ -374,24 +377,45 @@ def test_a_group_of_processes_trains_a_chain(base, folder):
     assert (val_two, holdout_two) == pytest.approx((val, holdout), abs=1e-6)  # losses of snapshots are kept in float32
 
 
+def start_processes(arguments: list[str], count: int) -> list[subprocess.Popen]:
+    """The processes of a run, without a launcher between, so that each can be killed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    command, processes = [sys.executable, str(ROOT / SCRIPT), *arguments], []
+    for rank in range(count):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        own = environment | {name: str(value) for name, value in numbers.items()}
+        processes.append(subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    return processes
+
+
 def test_killed_at_random_and_resumed(base, folder):
-    """kill -9 of one process or of all, at random moments, on 2 and 1 processes: the same as without."""
-    values = base | TINY | {"dropout": 0.1, "checkpoint_min": 0.0}
+    """kill -9 of one process, then of the others, at random moments, of 1 or 2 processes: the same as without.
+
+    KILLS and KILL_SEED in the environment make it more of them, and others.
+    """
+    attempts = int(os.environ.get("KILLS", "3"))
+    values = base | TINY | {"dropout": 0.1, "checkpoint_min": 0.0, "cycles": max(2, attempts)}
     assert unlimited.main(flags(**values | {"run_name": "reference"})) == 0
-    draw, arguments = random.Random(int(os.environ.get("KILL_SEED", "0"))), flags(**values)
-    kills = 0
-    for _ in range(int(os.environ.get("KILLS", "3"))):
-        processes = draw.choice([1, 2])
-        process = launch(SCRIPT, arguments, processes, start_new_session=True)
-        begun = time.monotonic()
-        while process.poll() is None and not (folder / "config.json").exists():
+    draw, arguments, kills = random.Random(int(os.environ.get("KILL_SEED", "0"))), flags(**values), []
+    for _ in range(attempts):
+        processes = start_processes(arguments, draw.choice([1, 2]))
+        log = folder / "log.txt"
+        before, deadline = log.stat().st_size if log.exists() else 0, time.monotonic() + 60
+        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size > before):
             time.sleep(0.01)
-        time.sleep(draw.uniform(0.0, 1.5) + (time.monotonic() - begun) * (arguments[0] == "--resume"))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        time.sleep(draw.uniform(0.0, 1.0))
+        draw.shuffle(processes)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                kills.append(len(processes))
+            process.wait()
+            time.sleep(draw.uniform(0.0, 0.2))
         arguments = ["--resume", str(folder)]
+    print(f"killed in {len(kills)} processes")
     assert kills
     run_to_end(SCRIPT, arguments, 2)
     assert results_of(folder) == results_of(folder.parent / "reference")
@@ -410,7 +434,7 @@ def test_stopped_by_a_signal_and_resumed(base, folder, monkeypatch, capsys):
 
     monkeypatch.setattr(unlimited.Chain, "train_step", interrupted)
     assert unlimited.main(flags(**values)) == 0
-    assert f"stopped by SIGTERM; to resume, launch {os.sys.argv[0]} --resume {folder}" in capsys.readouterr().out
+    assert f"stopped by SIGTERM; to resume, launch {sys.argv[0]} --resume {folder}" in capsys.readouterr().out
     states = [read(folder / "chains" / name / "ledger.json")["state"] for name in ("00", "01")]
     assert states == ["finished", "stopped"] and not (folder / "result.json").exists()
     monkeypatch.setattr(unlimited.Chain, "train_step", step_of)
