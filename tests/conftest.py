@@ -146,6 +146,15 @@ def keep_signal_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes a fourth of a small run: pictures are of one byte, but in tests marked as drawing."""
+    from matplotlib.figure import Figure
+
+    if "draws" not in request.keywords:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **style: Path(path).write_bytes(b"."))
+
+
 def script_of(track) -> str:
     """The path of a track's script in the repository."""
     return str(Path(track.__file__).relative_to(ROOT))

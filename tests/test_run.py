@@ -29,8 +29,10 @@ def folder(small) -> Path:
     return Path(small["runs_dir"]) / "run"
 
 
+@pytest.mark.draws
 def test_run_folder(track, small, folder, capsys):
     assert track.main(flags(**small)) == 0
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     code = {f"code/{name}" for name in track.SCRIPT_FILES}
     final = {"final/members.json", "final/epoch_01.safetensors", "final/epoch_02.safetensors"}
