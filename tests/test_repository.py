@@ -6,18 +6,21 @@ import shlex
 import pytest
 import torch
 from conftest import ROOT
+from copies import SCRIPTS
 
 import model
 import prepare_data
 import tiny.train as tiny
 import train
 import two_hour.train as two_hour
+import unlimited.train as unlimited
 
 README = (ROOT / "README.md").read_text()
 MODULES = {
     "README.md": {"train": train, "model": model},
     "tiny/README.md": {"train": tiny},
     "two_hour/README.md": {"train": two_hour},
+    "unlimited/README.md": {"train": unlimited},
 }
 EACH = pytest.mark.parametrize("readme", MODULES)
 
@@ -35,16 +38,17 @@ def test_links_lead_somewhere(readme):
 
 @EACH
 def test_flags_exist(readme, capsys):
-    for script in (train, tiny, two_hour, prepare_data):
+    for script in (train, tiny, two_hour, unlimited, prepare_data):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     others = {"--standalone", "--nproc", "--shutdown-timeout", "--fix"}  # of torchrun and tests/copies.py
-    flags = set(re.findall(r"--[a-z-]*[a-z]", (ROOT / readme).read_text()))
+    others |= {"--nnodes", "--rdzv"}
+    flags = set(re.findall(r"(?<![-\w])--[a-z-]*[a-z]", (ROOT / readme).read_text()))
     assert len(flags) > 5 and flags - others <= known
 
 
-@EACH
+@pytest.mark.parametrize("readme", [name for name in MODULES if name != "unlimited/README.md"])
 def test_the_small_model_is_accepted(readme):
     text, track = (ROOT / readme).read_text(), MODULES[readme]["train"]
     (command,) = re.findall(r"^python \S*train.py (--data-dir my_data(?:.*\\\n)*.*)", text, re.MULTILINE)
@@ -66,10 +70,7 @@ def test_names_in_the_code_exist(readme):
 
 def test_messages_in_the_troubleshooting_exist():
     """The words between what varies are in the code."""
-    files = [
-        (ROOT / file).read_text()
-        for file in ("tiny/train.py", "two_hour/train.py", "train.py", "model.py", "prepare_data.py")
-    ]
+    files = [(ROOT / file).read_text() for file in (*SCRIPTS, "train.py", "model.py", "prepare_data.py")]
     code = re.sub(r'"\s*f?"', "", "".join(files))  # joins strings that stand one behind the other
     section = README.split("## Troubleshooting")[1].split("\n## ")[0]
     messages = re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
@@ -119,6 +120,42 @@ def test_the_figures_of_the_two_hour_track():
     plan = two_hour.Plan(c, 48804)
     flops = sum(two_hour.flops_per_token(c, **two_hour.stage(plan, s)) for s in range(plan.num_steps)) * c.batch_tokens
     assert f"a run is {flops / 1e18:.1f} EFLOP" in text
+
+
+def test_the_other_ensemble_is_accepted():
+    text = (ROOT / "unlimited/README.md").read_text()
+    (command,) = re.findall(r"unlimited/train.py (--chains(?:.*\\\n)*.*)", text)
+    config = unlimited.Config(**unlimited.parse_arguments(shlex.split(command.replace("\\\n", " ")))[0])
+    assert (config.members, config.average, config.cycles) == ("independent", "logit", 8)
+
+
+def test_the_figures_of_the_unlimited_track():
+    c, text = unlimited.Config(), " ".join((ROOT / "unlimited/README.md").read_text().split())
+    assert f"documents, {c.fitness_tokens:,} tokens, never trained on" in text
+    assert f"(wider: C {c.n_embd}, {c.n_head} heads, layers {c.replay_start} to {c.replay_end - 1} five times)" in text
+    assert c.replay_loops == 4 and f"in cycles of {c.cycle_epochs} epochs" in text
+    assert f"falls linearly from 1 to {c.lr_low} and the weight decay rises from {c.decay_low} to 1" in text
+    assert f"clipped to a norm of {c.clip:g}" in text and f"after {c.teach_after} cycles the last snapshot" in text
+    assert f"a step has {c.batch_tokens:,} tokens, in the others {c.outer_batch_tokens:,}" in text
+    assert f"of {c.perturb_first} of the parameter's own" in text and f"falling to {c.perturb_last} (" in text
+    shares = f"{1 - c.teach_weight:.2f} of the usual one and {c.teach_weight} of the divergence"
+    assert shares in text and f"at temperature {c.teach_temperature}" in text
+    member, checkpoint = unlimited.disk_gib(c, torch.bfloat16)
+    count = c.chains * c.cycles
+    losses = count * (2 * c.val_sequences * c.sequence_len + c.fitness_tokens) * 4 / 2**30
+    assert f"{count} of {member:.3g} GiB, with their losses {count * member + losses:,.0f} GiB" in text
+    assert f"of {checkpoint + member:.0f} GiB; two, and one being written" in text
+    plan = unlimited.Plan(c, 48_739)
+    flops = sum(
+        unlimited.step_flops_per_token(plan, s) * plan.batch_tokens(plan.cycle(s)) for s in range(plan.num_steps)
+    )
+    hours = flops / (0.4 * 989e12 * 8) / 3600
+    assert f"{flops / 1e21:.2f} ZFLOP a chain: {hours:.0f} h on 8" in text
+    assert f"{c.chains * hours / 24:.0f} days on one node, {hours:.0f} h on five (counted)" in README
+    needed = [unlimited.memory_gib(c, n, torch.bfloat16)[2] for n in (8, 1)]
+    small = unlimited.memory_gib(unlimited.Config(device_batch=1), 1, torch.bfloat16)[2]
+    assert f"{needed[0]:.0f} GiB by the script's own estimate on 8 GPUs, {needed[1]:.0f} GiB on one" in text
+    assert f"there {small:.0f} GiB with `--device-batch 1`" in text
 
 
 def test_the_figures_of_the_tiny_track():

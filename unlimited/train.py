@@ -405,7 +405,8 @@ def chain_world(world: World, processes_per_chain: int) -> World:
     require(fits, f"{said} each: give --processes-per-chain 1, 2, 4 or 8, a divisor of their number")
     if world.size == 1:
         return world
-    groups = [dist.new_group(range(first, first + size)) for first in range(0, world.size, size)]
+    firsts, backend = range(0, world.size, size), dist.get_backend_config()
+    groups = [dist.new_group([*range(first, first + size)], backend=backend) for first in firsts]
     return World(world.rank % size, size, world.device, groups[world.rank // size])
 
 
@@ -2942,6 +2943,8 @@ class Ensemble:
                 return
             self.chain = None
             gc.collect()  # its memory is needed by the next
+            if self.world.cuda:
+                torch.cuda.empty_cache()
             self.open_next_chain()
         said = False
         while not self.config.select_only:
@@ -3293,10 +3296,9 @@ def extend(resume: str, saved: dict, given: dict) -> dict:
             saved["finished"], f"--add-chains extends a finished run, and {resume} has {chains} chains to finish: {how}"
         )
         content = json.loads((Path(resume) / "config.json").read_text())
-        content["config"]["chains"] = chains + added
-        content["overrides"]["chains"] = chains + added
-        write_json(Path(resume) / "config.json", content)
+        content["config"]["chains"] = content["overrides"]["chains"] = chains + added
         (Path(resume) / "result.json").rename(Path(resume) / f"result_of_{chains}_chains.json")
+        write_json(Path(resume) / "config.json", content)
         saved = saved | content | {"finished": False}
     return saved
 
