@@ -1098,15 +1098,21 @@ def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     return member / 2**30, sum(t.numel() * t.itemsize for t in tensors) / 2**30
 
 
+# Copied from train.py: disk_space
+def disk_space(folder: Path) -> tuple[float, float]:
+    """GiB that a run has in its folder already, 0 before it begins; GiB that are free on its disk."""
+    resumed = folder.rglob("*") if (folder / "config.json").exists() else ()
+    sizes = {path.stat().st_ino: path.stat().st_size for path in resumed if path.is_file()}  # links count once
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return sum(sizes.values()) / 2**30, shutil.disk_usage(disk).free / 2**30
+
+
 # Copied from train.py: check_disk
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
     needed = config.readout_epochs * member + 3 * checkpoint
-    resumed = folder.rglob("*") if (folder / "config.json").exists() else ()
-    there = sum(path.stat().st_size for path in resumed if path.is_file()) / 2**30
-    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(disk).free / 2**30
+    there, free = disk_space(folder)
     parts = f"the weights of {config.readout_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
     parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
     said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"

@@ -1178,6 +1178,15 @@ def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     return member / 2**30, sum(t.numel() * t.itemsize for t in tensors) / 2**30
 
 
+# Copied from train.py: disk_space
+def disk_space(folder: Path) -> tuple[float, float]:
+    """GiB that a run has in its folder already, 0 before it begins; GiB that are free on its disk."""
+    resumed = folder.rglob("*") if (folder / "config.json").exists() else ()
+    sizes = {path.stat().st_ino: path.stat().st_size for path in resumed if path.is_file()}  # links count once
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return sum(sizes.values()) / 2**30, shutil.disk_usage(disk).free / 2**30
+
+
 # Adapted from train.py: check_disk -- snapshots of all chains
 def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, targets: int) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says.
@@ -1190,10 +1199,7 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, t
     running = min(running, config.chains)
     scores = snapshots * targets * 4 / 2**30
     needed = snapshots * member + scores + 3 * running * checkpoint
-    resumed = folder.rglob("*") if (folder / "config.json").exists() else ()
-    there = sum(path.stat().st_size for path in resumed if path.is_file() and path.parent != folder / "final") / 2**30
-    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(disk).free / 2**30
+    there, free = disk_space(folder)
     needed_gib, there_gib, free_gib, scores_gib, *each = (
         f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:.3g} GiB"
         for gib in (needed, there, free, scores, member, checkpoint)
