@@ -3037,21 +3037,23 @@ def score_members(ensemble: Ensemble, members: list[dict], split: str) -> list[P
 
     Members are spread over all processes, and each is loaded once.
     """
-    world, folder, model = ensemble.world, ensemble.run.folder / "scores", None
+    world, folder, alone = ensemble.world, ensemble.run.folder / "scores", World(0, 1, ensemble.world.device)
     how = stage(ensemble.plan, ensemble.plan.num_steps - 1)
     paths = [folder / f"{split}_{member['sha256'][:16]}_{member['file']}" for member in members]
-    for path, member in list(zip(paths, members, strict=True))[world.rank :: world.size]:
-        if path.exists() or ensemble.signal:
-            continue
-        model = model or build_scorer(ensemble)
-        weights = snapshot_weights(
-            model, to_device(read_snapshot(snapshot_path(ensemble, member)), world.device), ensemble.dtype
-        )
-        eval_set = EvalSet(ensemble.shards[split], ensemble.config, World(0, 1, world.device), ensemble.byte_lengths)
+    own = [*zip(paths, members, strict=True)][world.rank :: world.size]
+    missing = [(path, member) for path, member in own if not path.exists()]
+    if missing:
+        folder.mkdir(exist_ok=True)
+        model = build_scorer(ensemble)
+        eval_set = EvalSet(ensemble.shards[split], ensemble.config, alone, ensemble.byte_lengths)
+    for path, member in missing:
+        if ensemble.signal:
+            break
+        snapshot = to_device(read_snapshot(snapshot_path(ensemble, member)), world.device)
+        weights = snapshot_weights(model, snapshot, ensemble.dtype)
         nats = eval_set.nats(partial(losses_of, model, weights, **how)).float()
-        path.parent.mkdir(exist_ok=True)
         write_atomically(path, partial(save_file, {f"nats.{split}": nats}))
-        ensemble.run.log(f"{split} of {member['file']}: scored", screen=False)
+        ensemble.run.log(f"{split}: {sum(path.exists() for path in paths)} of {len(paths)} members scored")
     while not all(path.exists() for path in paths) and not ensemble.signal:
         time.sleep(0.2)
     return paths
