@@ -1,5 +1,6 @@
 """The unlimited track: chains, distillation, selection, mixtures, and that nothing is lost or mixed in by mistake."""
 
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,7 +325,8 @@ def test_run_folder_and_claims(base, folder, capsys):
     assert result["val_loss"] < result["readouts"]["equal_weights"]
     assert (result["status"], result["stopped_by"], result["steps"]) == ("finished", "steps", 50)
     assert result["tokens"] == 2 * 30 * 512 and result["epochs"] == 6 and result["candidates"] == 6
-    assert result["train_time_s"] == pytest.approx(sum(result["train_time_s_of_chains"]))
+    assert result["train_time_s"] == pytest.approx(sum(ledger["train_time_s"] for ledger in ledgers))
+    assert 3600 * result["process_hours"] == pytest.approx(result["train_time_s"]) and result["as_declared"]
     assert not result["eligible"] and result["val_tokens"] == 51 * 32
     for name, sha256 in result["final_sha256"].items():
         assert unlimited.sha256_file(folder / "final" / name) == sha256
@@ -333,12 +336,21 @@ def test_run_folder_and_claims(base, folder, capsys):
 
 def test_eligibility():
     good = {"data_sha256": unlimited.OFFICIAL_SHA256 | {"holdout": "x"}, "val_tokens": 4880 * 2048, "val_loss": 2.99}
-    good |= {"train_time_s": 80 * 3600, "train_time_s_of_chains": [80 * 3600] * 5, "world_size": 40, "groups": 5}
+    good |= {
+        "train_time_s": 80 * 3600,
+        "process_hours": 3200,
+        "world_size": 40,
+        "status": "finished",
+        "as_declared": True,
+    }
     assert unlimited.ineligible(unlimited.Config(), good) == []
     wrong = [
         ({"val_tokens": 4864 * 2048}, "validation targets, not 9,994,240"),
         ({"train_time_s": 8 * 86400}, "longer than 7 days"),
-        ({"world_size": 72, "groups": 9}, "more than 64 GPUs"),
+        ({"world_size": 72}, "more than 64 GPUs"),
+        ({"process_hours": 10_753}, "more than 64 GPUs"),
+        ({"status": "partial"}, "chains are not finished"),
+        ({"as_declared": False}, "not the one that the run declared"),
         ({"val_loss": math.nan}, "not finite"),
         ({"data_sha256": {"val": "x", "train": "y"}}, "not the official files"),
     ]
@@ -499,19 +511,30 @@ def test_selection_is_repeated_with_other_settings(base, folder):
     select = ["--resume", str(folder), "--select-only"]
     assert unlimited.main(select) == 0
     assert results_of(folder) == before
+    claimed = (folder / "result.json").read_bytes()
     assert unlimited.main([*select, "--selection=uniform"]) == 0
-    assert [member["weight"] for member in members_of(folder)] == [0.25] * 4
-    result = read(folder / "result.json")
+    result = read(folder / "result_uniform_probability.json")
+    assert [member["weight"] for member in result["members"]] == [0.25] * 4
     assert result["val_loss"] == pytest.approx(before[3]["equal_weights"], abs=1e-12)
+    assert result["holdout_loss"] is None and not result["as_declared"]  # it chooses nothing, also not afterwards
     assert unlimited.main([*select, "--leave-out-first"]) == 0
-    assert [member["cycle"] for member in members_of(folder)] == [2, 2]
-    assert unlimited.main([*select, "--selection=uniform", "--average=logit", "--leave-out-first"]) == 0
-    result, config = read(folder / "result.json"), unlimited.Config(**base)
-    assert result["mixing"] == "logit" and read(folder / "final" / "members.json")["mixing"] == "logit"
+    members = read(folder / "result_learned_probability_without_first.json")["members"]
+    assert len(members) == 2 and all("cycle_002" in member["file"] for member in members)
+    assert unlimited.main([*select, "--selection=uniform", "--average=logit"]) == 0
+    result, config, logs = read(folder / "result_uniform_logit.json"), unlimited.Config(**base), 0
     sequences = torch.from_numpy(unlimited.load_shard("val", config).sequences(33).astype(np.int64))
-    logs = sum(w * log_probs(sequences[:, :-1]).double() for w, log_probs in unlimited.load_members(folder, "cpu"))
+    for _, log_probs in unlimited.load_members(folder, "cpu"):
+        logs = logs + log_probs(sequences[:, :-1]).double() / 4
     nats = -logs.log_softmax(-1).gather(-1, sequences[:, 1:, None]).mean().item()
-    assert result["val_loss"] == pytest.approx(nats, abs=1e-6)
+    assert result["val_loss"] == pytest.approx(nats, abs=1e-6) and result["mixing"] == "logit"
+    assert (folder / "result.json").read_bytes() == claimed and results_of(folder) == before
+
+
+def test_uniform_weights_can_be_declared(base, folder):
+    assert unlimited.main(flags(**base | TINY | {"selection": "uniform", "average": "logit", "chains": 1})) == 0
+    result, final = read(folder / "result.json"), read(folder / "final" / "members.json")
+    assert result["as_declared"] and result["holdout_loss"] is not None and final["mixing"] == "logit"
+    assert [member["weight"] for member in final["members"]] == [0.5] * 2
 
 
 def test_what_is_there_of_a_run_that_was_not_finished_can_be_selected(base, folder, monkeypatch):
@@ -528,6 +551,7 @@ def test_what_is_there_of_a_run_that_was_not_finished_can_be_selected(base, fold
     assert unlimited.main(["--resume", str(folder), "--select-only"]) == 0
     result = read(folder / "result.json")
     assert (result["status"], result["stopped_by"], result["candidates"]) == ("partial", "select_only", 2)
+    assert result["holdout_loss"] is None and "chains are not finished" in result["not_eligible_because"]
     assert unlimited.main(["--resume", str(folder)]) == 0
     assert read(folder / "result.json")["status"] == "finished" and len(members_of(folder)) == 4
 
@@ -542,6 +566,15 @@ def test_chains_can_be_added(base, folder, capsys):
     (folder / "result.json").unlink()
     assert unlimited.main(["--resume", str(folder), "--add-chains=1"]) == 2
     assert "--add-chains extends a finished run, and" in capsys.readouterr().err
+    unlimited.write_json(folder / "result.json", {"status": "finished"})
+    before = (folder / "config.json").read_bytes()
+    for wrong in (
+        ["--add-chains=-1"],
+        ["--add-chains=1", "--processes-per-chain=4"],
+        ["--add-chains=1", "--data-dir=no"],
+    ):
+        assert unlimited.main(["--resume", str(folder), *wrong]) == 2
+        assert (folder / "config.json").read_bytes() == before and (folder / "result.json").exists()
     assert unlimited.main(flags(**values | {"run_name": "x", "add_chains": 1})) == 2
     assert unlimited.main(flags(**values | {"run_name": "x", "select_only": True})) == 2
     assert "--select-only needs --resume RUN_DIR" in capsys.readouterr().err
@@ -682,3 +715,58 @@ def test_resuming_with_other_settings_is_refused(base, folder, capsys):
     (folder / "result.json").unlink()
     assert unlimited.main(["--resume", str(folder)]) == 0  # the chain is trained again
     assert len(members_of(folder)) == 4
+
+
+def test_the_memory_of_a_chain_is_free_for_the_next(base, monkeypatch):
+    """Compute weights and the sums of their gradients are the largest part that a hook could hold."""
+    alive = []
+    init = unlimited.ComputeWeights.__init__
+
+    def remembered(weights, *args, **options):
+        init(weights, *args, **options)
+        alive.append(weakref.ref(weights))
+        alive.extend(weakref.ref(total) for total in weights.sums.values())
+
+    monkeypatch.setattr(unlimited.ComputeWeights, "__init__", remembered)
+    assert unlimited.main(flags(**base | TINY | {"cycles": 1, "teach_after": 0})) == 0
+    gc.collect()
+    assert len(alive) > 10 and not any(reference() is not None for reference in alive)
+
+
+def test_a_ledger_that_cannot_be_written_keeps_the_checkpoints(base, folder, monkeypatch, capsys):
+    """The disk is full when the chain is done: it stops, and a resume finishes it without training again."""
+    write = unlimited.write_json
+
+    def on_a_full_disk(path, content):
+        if path.name == "ledger.json" and content["steps"] == 12:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(unlimited, "write_json", on_a_full_disk)
+    assert unlimited.main(flags(**base | TINY | {"chains": 1})) == 1
+    assert "ledger.json is NOT saved" in capsys.readouterr().out
+    monkeypatch.setattr(unlimited, "write_json", write)
+    assert unlimited.main(["--resume", str(folder)]) == 0
+    assert "resumed at step 12/12" in capsys.readouterr().out and len(members_of(folder)) == 2
+
+
+def test_a_damaged_checkpoint_of_any_chain_is_found_at_the_start(base, folder, monkeypatch, capsys):
+    step_of = unlimited.Chain.train_step
+
+    def interrupted(chain, step):
+        if (chain.number, step) == (0, 3):
+            signal.raise_signal(signal.SIGTERM)
+        return step_of(chain, step)
+
+    monkeypatch.setattr(unlimited.Chain, "train_step", interrupted)
+    assert unlimited.main(flags(**base | TINY)) == 0
+    own, other = (folder / "chains" / name / "checkpoints" for name in ("00", "01"))
+    (newest,) = own.glob("*.pt")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    other.mkdir(parents=True)
+    capsys.readouterr()
+    assert unlimited.main(["--resume", str(folder)]) == 2
+    assert f"{newest.with_suffix('.json')} is damaged: delete it to resume chain 0" in capsys.readouterr().err
+    newest.with_suffix(".json").unlink()
+    monkeypatch.setattr(unlimited.Chain, "train_step", step_of)
+    assert unlimited.main(["--resume", str(folder)]) == 0 and len(members_of(folder)) == 4

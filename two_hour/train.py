@@ -719,6 +719,16 @@ def mix_heads(weight: Tensor, mix: Tensor | None) -> Tensor:
     return weight if mix is None else (mix @ weight.view(mix.size(1), -1)).view_as(weight)
 
 
+# Copied from model.py: take_gradient
+def take_gradient(total: Tensor, leaf: Tensor) -> None:
+    """Add a leaf's gradient to a sum and drop it, as soon as it is there (a hook).
+
+    The sum may be of a wider dtype; a .grad of another dtype than its tensor's, grad_dtype, cannot be compiled.
+    """
+    total.add_(leaf.grad)
+    leaf.grad = None
+
+
 # Copied from model.py: ComputeWeights
 class ComputeWeights:
     """The weights that the forward pass reads, made from the masters once per optimizer step.
@@ -741,12 +751,8 @@ class ComputeWeights:
                 self.tensors[unit][name] = leaf
                 if requires_grad:
                     self.sums[leaf] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf_dtype, torch.float32))
-                    leaf.register_post_accumulate_grad_hook(self._add_gradient)
-
-    def _add_gradient(self, leaf: Tensor) -> None:
-        """Sum in float32 as soon as a gradient is there. (A .grad of another dtype, grad_dtype, cannot be compiled.)"""
-        self.sums[leaf].add_(leaf.grad)
-        leaf.grad = None
+                    # not a method: the garbage collector does not see a cycle through a hook, and would free nothing
+                    leaf.register_post_accumulate_grad_hook(partial(take_gradient, self.sums[leaf]))
 
     def _rows(self):
         """Every master, its mix, and the rows of the compute weight that it fills."""

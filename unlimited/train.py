@@ -391,18 +391,20 @@ def check_world_size(size: int) -> None:
     """Any number of processes can share chains; see chain_world."""
 
 
-def chain_world(world: World, processes_per_chain: int) -> World:
-    """The group of processes, this one among them, that trains a chain; ValueError if they cannot form groups.
-
-    Groups are of consecutive ranks; by default the processes of a machine are one.
-    """
+def group_size(world: World, processes_per_chain: int) -> int:
+    """Processes that train a chain together; ValueError if they cannot form such groups."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size = processes_per_chain or here
+    fits = VIRTUAL_RANKS % size == 0 and world.size % size == 0
     said = (
         f"{world.size} processes, {here} on a machine, cannot form groups of {size} with {VIRTUAL_RANKS} virtual ranks"
     )
-    fits = VIRTUAL_RANKS % size == 0 and world.size % size == 0
     require(fits, f"{said} each: give --processes-per-chain 1, 2, 4 or 8, a divisor of their number")
+    return size
+
+
+def chain_world(world: World, size: int) -> World:
+    """The group of processes, of consecutive ranks, this one among them, that trains a chain; collective."""
     if world.size == 1:
         return world
     firsts, backend = range(0, world.size, size), dist.get_backend_config()
@@ -763,6 +765,16 @@ def mix_heads(weight: Tensor, mix: Tensor | None) -> Tensor:
     return weight if mix is None else (mix @ weight.view(mix.size(1), -1)).view_as(weight)
 
 
+# Copied from model.py: take_gradient
+def take_gradient(total: Tensor, leaf: Tensor) -> None:
+    """Add a leaf's gradient to a sum and drop it, as soon as it is there (a hook).
+
+    The sum may be of a wider dtype; a .grad of another dtype than its tensor's, grad_dtype, cannot be compiled.
+    """
+    total.add_(leaf.grad)
+    leaf.grad = None
+
+
 # Copied from model.py: ComputeWeights
 class ComputeWeights:
     """The weights that the forward pass reads, made from the masters once per optimizer step.
@@ -785,12 +797,8 @@ class ComputeWeights:
                 self.tensors[unit][name] = leaf
                 if requires_grad:
                     self.sums[leaf] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf_dtype, torch.float32))
-                    leaf.register_post_accumulate_grad_hook(self._add_gradient)
-
-    def _add_gradient(self, leaf: Tensor) -> None:
-        """Sum in float32 as soon as a gradient is there. (A .grad of another dtype, grad_dtype, cannot be compiled.)"""
-        self.sums[leaf].add_(leaf.grad)
-        leaf.grad = None
+                    # not a method: the garbage collector does not see a cycle through a hook, and would free nothing
+                    leaf.register_post_accumulate_grad_hook(partial(take_gradient, self.sums[leaf]))
 
     def _rows(self):
         """Every master, its mix, and the rows of the compute weight that it fills."""
@@ -1208,8 +1216,8 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, t
     parts += f"checkpoints of {each[1]} for each of {running} chain(s) that train at a time"
     said = f"up to {needed_gib} in {folder} ({parts}); {free_gib} are free"
     had = f", and {there_gib} of it are there" if there else ""
-    advice = "make space, --keep fewer snapshots of a chain, or choose another --runs-dir"
-    require(needed - there < free, f"the run needs {said}{had}: {advice}")
+    others = "" if there else ", --keep fewer snapshots of a chain, or choose another --runs-dir"
+    require(needed - there < free, f"the run needs {said}{had}: make space{others}")
     return said
 
 
@@ -2727,10 +2735,10 @@ def restore(trainer: Chain, tensors: dict) -> None:
 
 # Adapted from train.py: check_members -- what is damaged is left out
 def check_members(run: Run, members: list[dict]) -> None:
-    """Take snapshots that are not as they were saved off the list; it is said."""
+    """Take snapshots that are gone off the list; it is said. Their contents are checked before they are mixed."""
     for member in list(members):
         path = run.folder / "final" / member["file"]
-        if not (path.exists() and sha256_file(path) == member["sha256"]):
+        if not path.exists():
             run.log(f"WARNING: {path} is missing or damaged: it is left out")
             members.remove(member)
 
@@ -2761,20 +2769,27 @@ def losses_of(model: GPT, weights: Weights, tokens: Tensor, targets: Tensor, **h
 
 def read_ledger(folder: Path) -> dict:
     """What a chain's folder says of it: whether it is finished, its snapshots, their hashes and losses."""
-    path, counted = folder / "ledger.json", ("steps", "tokens", "flops", "train_time_s", "wall_time_s")
-    empty = {"chain": int(folder.name), "state": "waiting", "members": []} | dict.fromkeys(counted, 0)
+    path, counted = folder / "ledger.json", ("steps", "tokens", "flops", "train_time_s", "process_s", "wall_time_s")
+    empty = {"chain": int(folder.name), "state": "waiting", "members": [], "layout": [1, 0, 1]}
+    empty |= dict.fromkeys(counted, 0)
     return read_json(path, set(empty), f"delete {folder} to train this chain again") if path.exists() else empty
 
 
 class Chain(Trainer):
     """The training of a chain. The end of each cycle gives a snapshot, and begins the next."""
 
-    def __init__(self, number: int, rounds: int, world: World, run: Run, plan: Plan, shards, byte_lengths):
-        """rounds: chains that a group of processes trains one after the other, for the projection."""
-        super().__init__(plan.config, world, run, plan, shards, byte_lengths)
-        self.number, self.rounds = number, rounds
+    def __init__(
+        self, number: int, rounds: int, layout: list[int], world: World, run: Run, plan: Plan, shards, lengths
+    ):
+        """rounds: chains that a group of processes trains one after the other, for the projection.
+
+        layout: the number of groups, this one's, and its number of processes.
+        """
+        super().__init__(plan.config, world, run, plan, shards, lengths)
+        self.number, self.rounds, self.layout = number, rounds, layout
+        self.earlier = world.share(read_ledger, run.folder)
         all_of_it = dataclasses.replace(plan.config, val_sequences=len(shards["fitness"].tokens))
-        self.eval_sets["fitness"] = EvalSet(shards["fitness"], all_of_it, world, byte_lengths)
+        self.eval_sets["fitness"] = EvalSet(shards["fitness"], all_of_it, world, lengths)
         self.teacher: Weights | None = None
         self.snapshot: dict[str, Tensor] = {}  # the teacher's, in the main process, for checkpoints
 
@@ -2783,13 +2798,17 @@ class Chain(Trainer):
 
     def warm_up(self) -> None:
         """As Trainer.warm_up, with a teacher and the scoring of snapshots."""
-        snapshot = {name: p.detach().to(member_dtype(name, p, self.dtype)) for name, p in self.model.named_parameters()}
-        self.teacher = snapshot_weights(self.model, snapshot, self.dtype)
+        self.teacher = snapshot_weights(self.model, self.make_snapshot(), self.dtype)
         super().warm_up()
         batch = torch.zeros(self.config.eval_batch, self.config.sequence_len + 1, dtype=torch.int64)
         tokens, targets = (part.to(self.world.device) for part in (batch[:, :-1], batch[:, 1:]))
         losses_of(self.model, self.teacher, tokens, targets, **stage(self.plan, self.plan.num_steps - 1))
         self.teacher = None
+
+    def make_snapshot(self) -> dict[str, Tensor]:
+        """The parameters by name, as a snapshot keeps them, on the device."""
+        named = self.model.named_parameters()
+        return {name: p.detach().to(member_dtype(name, p, self.dtype), copy=True) for name, p in named}
 
     def train_step(self, step: int):
         if step in self.plan.first_steps[1:]:
@@ -2812,8 +2831,8 @@ class Chain(Trainer):
     def end_epoch(self, complete: bool) -> None:
         """The end of a cycle: make a snapshot, score it as it will be stored; it may be the teacher of the next."""
         cycle, how = self.plan.epochs_done(self.step), stage(self.plan, self.step - 1)
-        copied = {n: p.detach().to(member_dtype(n, p, self.dtype), copy=True) for n, p in self.model.named_parameters()}
-        weights, scores, nats = snapshot_weights(self.model, copied, self.dtype), {}, {}
+        copied, scores, nats = self.make_snapshot(), {}, {}
+        weights = snapshot_weights(self.model, copied, self.dtype)
         for name in ("fitness", "val"):
             own = self.eval_sets[name].nats(partial(losses_of, self.model, weights, **how))
             scores[name] = self.eval_sets[name].score(own)
@@ -2860,16 +2879,20 @@ class Chain(Trainer):
                 if path.name not in [member["file"] for member in self.members]:
                     path.unlink()
 
-    def write_ledger(self, state: str) -> None:
-        """ledger.json: what exists of the chain; state: training, stopped or finished."""
+    def write_ledger(self, state: str) -> str:
+        """ledger.json: what exists of the chain; state: training, stopped or finished -> as try_to_write_json."""
+        failure = ""
         if self.world.main:
             members = [member for member in self.members if "sha256" in member]
             ledger = {"chain": self.number, "seed": self.config.seed, "state": state, "steps": self.step}
             ledger |= {"train_time_s": self.clock.train_time_s, "tokens": self.plan.tokens_done(self.step)}
             ledger |= {"flops": float(self.flops[self.step]), "wall_time_s": self.wall_time_s(), "members": members}
+            own_s = self.clock.train_time_s - self.earlier["train_time_s"]
+            ledger |= {"process_s": self.earlier["process_s"] + own_s * self.world.size, "layout": self.layout}
             failure = try_to_write_json(self.run.folder / "ledger.json", ledger)
             if failure:
                 self.run.log(f"ledger.json is NOT saved: {failure}")
+        return self.world.share(lambda: failure)
 
     def print_projection(self) -> None:
         chain_s = self.clock.train_time_s + self.remaining_s(self.step, statistics.median(self.recent_s))
@@ -2893,19 +2916,27 @@ class Ensemble:
             self.num_parameters = sum(p.numel() for p in GPT(config).parameters())
         self.stopped_by, self.signal, self.signal_at, self.failed = "", "", 0.0, False
         self.folders = [run.folder / "chains" / f"{number:02d}" for number in range(config.chains)]
+        self.stopped_mark = run.folder / "stopped"  # a file that a group leaves for the others when it stops
         self.groups, todo = world.size // group.size, world.share(self.unfinished)
         self.rounds = math.ceil(len(todo) / self.groups)  # chains that a group trains one after the other
         self.todo = deque(todo[world.rank // group.size :: self.groups])
         self.chain: Chain | None = None  # the one that is trained
+        self.opened = False  # whether a chain was
 
     def unfinished(self) -> list[int]:
         """Chains that are not finished; in the main process, before any is trained."""
-        ledgers = [read_ledger(folder) for folder in self.folders]
-        for folder, ledger in zip(self.folders, ledgers, strict=True):
-            if ledger["state"] == "stopped":  # in an earlier session
-                write_json(folder / "ledger.json", ledger | {"state": "waiting"})
-        todo = [] if self.config.select_only else ledgers
-        return [ledger["chain"] for ledger in todo if ledger["state"] != "finished"]
+        self.stopped_mark.unlink(missing_ok=True)  # of an earlier session
+        todo = []
+        for number, folder in enumerate(self.folders):
+            newest = max((folder / "checkpoints").glob("step_*.json"), default=None)
+            if read_ledger(folder)["state"] == "finished":
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            elif not self.config.select_only:
+                todo.append(number)
+                info = newest and read_json(newest, {"sha256"}, f"delete it to resume chain {number} from before it")
+                sound = not newest or sha256_file(newest.with_suffix(".pt")) == info["sha256"]
+                require(sound, f"{newest} is damaged: delete it to resume chain {number} from before it")
+        return todo
 
     def warm_up(self) -> None:
         """Begin with the first chain, or go on with it."""
@@ -2924,48 +2955,77 @@ class Ensemble:
                 (folder / part).mkdir(parents=True, exist_ok=True)
         run = ChainRun(folder, self.run.run_id, number, group.main, on_screen=self.world.rank < group.size)
         group.share(run.open)
-        group.share(run.start_wandb, c)
+        group.share(self.start_wandb, run)
         shards = {name: shard for name, shard in self.shards.items() if name != "holdout"}
         plan = dataclasses.replace(self.plan, config=c.of_chain(number))
-        self.chain = Chain(number, self.rounds, group, run, plan, shards, self.byte_lengths)
+        layout = [self.groups, self.world.rank // group.size, group.size]
+        self.chain = Chain(number, self.rounds, layout, group, run, plan, shards, self.byte_lengths)
         self.chain.signal, self.chain.signal_at = self.signal, self.signal_at
         self.chain.warm_up()
         if group.share(lambda: bool(run.checkpoints()) or (folder / "metrics.jsonl").stat().st_size > 0):
             self.chain.resume()
         self.chain.write_ledger("training")
+        self.opened = True
+
+    def start_wandb(self, run: Run) -> None:
+        """As Run.start_wandb; once a chain is trained, that it fails is no reason to stop."""
+        try:
+            run.start_wandb(self.config)
+        except ValueError as error:
+            if not self.opened:
+                raise
+            run.log(f"WARNING: {error}")
 
     def fit(self) -> None:
         """Train this group's chains, then wait for those of the others; `stopped_by` says whether a signal came."""
         while self.chain is not None:
             self.chain.fit()
-            stopped = self.chain.stopped_by == "signal" or self.group.share(lambda: bool(self.chain.unsaved))
-            self.chain.write_ledger("stopped" if stopped else "finished")
-            self.failed = bool(self.chain.checkpoint_failure)
-            if not stopped and self.group.main:
-                shutil.rmtree(self.chain.run.folder / "checkpoints")
-            self.chain.run.close()
-            if stopped:
-                self.stopped_by = "signal" if self.chain.stopped_by == "signal" else "full disk"
+            by_signal, chain = self.chain.stopped_by == "signal", self.chain
+            full = self.group.sum([len(chain.unsaved)])[0] > 0
+            full = bool(chain.write_ledger("stopped" if by_signal or full else "finished")) or full
+            chain.run.close()
+            if by_signal or full:
+                self.stopped_by, self.failed = "signal" if by_signal else "full disk", full
+                self.stopped_mark.touch()
                 return
-            self.chain = None
+            if self.group.main:
+                shutil.rmtree(chain.run.folder / "checkpoints", ignore_errors=True)
+            self.chain = chain = None
             gc.collect()  # its memory is needed by the next
             if self.world.cuda:
                 torch.cuda.empty_cache()
-            self.open_next_chain()
+            try:
+                self.open_next_chain()
+            except ValueError as error:  # of another process or a person on the disk; what is done stays
+                print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+                self.stopped_by, self.failed = "an error", True
+                self.stopped_mark.touch()
+                return
         said = False
         while not self.config.select_only:
-            states = [read_ledger(folder)["state"] for folder in self.folders]
-            if all(state == "finished" for state in states):
-                break
-            if self.signal or "stopped" in states:
+            waiting, stop = self.group.share(self.look_around)
+            if stop or self.group.sum([bool(self.signal)])[0]:
                 self.stopped_by = "signal"
+                self.stopped_mark.touch()
                 return
+            if not waiting:
+                break
             if not said and self.group.main:
-                waiting = [number for number, state in enumerate(states) if state != "finished"]
                 self.run.log(f"waiting for chains {waiting}")
             said = True
             time.sleep(0.5)
         self.stopped_by, self.fitted = "select_only" if self.config.select_only else "steps", time.monotonic()
+
+    def look_around(self) -> tuple[list[int], bool]:
+        """The chains that are not finished yet, and whether a group has stopped, by what the disk says."""
+        waiting = []
+        for number, folder in enumerate(self.folders):
+            try:
+                finished = read_ledger(folder)["state"] == "finished"
+            except (OSError, ValueError):  # a network disk in between; the next look will tell
+                finished = False
+            waiting += [number] * (not finished)
+        return waiting, self.stopped_mark.exists()
 
     def take_signal(self, number: int, frame) -> None:
         """Stop after the step under way; a second signal ends the process, unless it comes soon after."""
@@ -3047,14 +3107,15 @@ def score_members(ensemble: Ensemble, members: list[dict], split: str) -> list[P
         model = build_scorer(ensemble)
         eval_set = EvalSet(ensemble.shards[split], ensemble.config, alone, ensemble.byte_lengths)
     for path, member in missing:
-        if ensemble.signal:
+        if ensemble.signal or ensemble.stopped_mark.exists():
+            ensemble.stopped_mark.touch()
             break
         snapshot = to_device(read_snapshot(snapshot_path(ensemble, member)), world.device)
         weights = snapshot_weights(model, snapshot, ensemble.dtype)
         nats = eval_set.nats(partial(losses_of, model, weights, **how)).float()
         write_atomically(path, partial(save_file, {f"nats.{split}": nats}))
         ensemble.run.log(f"{split}: {sum(path.exists() for path in paths)} of {len(paths)} members scored")
-    while not all(path.exists() for path in paths) and not ensemble.signal:
+    while not all(path.exists() for path in paths) and not (ensemble.signal or ensemble.stopped_mark.exists()):
         time.sleep(0.2)
     return paths
 
@@ -3095,7 +3156,9 @@ def read_out(ensemble: Ensemble) -> dict | None:
     world, members = ensemble.world, candidates(ensemble)
     weights, found = world.share(weigh, ensemble, members)
     declared, scores, readouts, losses = max(found), {}, {}, {}
-    splits = ["val"] + ["holdout"] * ("holdout" in ensemble.shards)
+    waiting, _ = world.share(ensemble.look_around)
+    at_the_end = ensemble.as_declared and not waiting  # else the holdout is not looked at
+    splits = ["val"] + ["holdout"] * ("holdout" in ensemble.shards and at_the_end)
     chosen = [(weight, member) for weight, member in zip(found[declared], members, strict=True) if weight > 0]
     if ensemble.config.average == "logit":
         for split in splits:
@@ -3103,7 +3166,7 @@ def read_out(ensemble: Ensemble) -> dict | None:
         readouts["logit_average"] = scores["val"].loss
     else:
         paths = score_members(ensemble, [m for _, m in chosen], "holdout") if "holdout" in splits else []
-        if ensemble.world.sum([bool(ensemble.signal)])[0]:
+        if ensemble.world.sum([bool(ensemble.signal) or ensemble.stopped_mark.exists()])[0]:
             return None
         alone = World(0, 1, world.device)
         sets = {
@@ -3128,21 +3191,24 @@ def make_result(ensemble: Ensemble, found: dict) -> dict:
     """What result.json says, but for eligibility; found: of read_out."""
     c, world, val, holdout = ensemble.config, ensemble.world, found["scores"]["val"], found["scores"].get("holdout")
     ledgers = [read_ledger(folder) for folder in ensemble.folders]
-    by_group = [ledgers[i :: ensemble.groups] for i in range(ensemble.groups)]
-    longest = (
-        max(sum(ledger[key] for ledger in group) for group in by_group) for key in ("train_time_s", "wall_time_s")
+    by_layout: dict[int, dict[int, list]] = {}  # by number of groups, by group
+    for ledger in ledgers:
+        groups, index, _ = ledger["layout"]
+        by_layout.setdefault(groups, {}).setdefault(index, []).append(ledger)
+    seconds, wall_s = (  # of the group that took longest
+        sum(max(sum(led[key] for led in leds) for leds in groups.values()) for groups in by_layout.values())
+        for key in ("train_time_s", "wall_time_s")
     )
-    seconds, wall_s = longest
-    steps, tokens, flops = (sum(ledger[key] for ledger in ledgers) for key in ("steps", "tokens", "flops"))
-    finished = all(ledger["state"] == "finished" for ledger in ledgers)
-    hashes, folder = (
-        {split: shard.sha256 for split, shard in ensemble.shards.items() if split != "fitness"},
-        ensemble.run.folder,
+    steps, tokens, flops, process_s = (
+        sum(led[key] for led in ledgers) for key in ("steps", "tokens", "flops", "process_s")
     )
+    world_size, groups = (max(f(led["layout"]) for led in ledgers) for f in (lambda x: x[0] * x[2], lambda x: x[0]))
+    finished, folder = all(ledger["state"] == "finished" for ledger in ledgers), ensemble.run.folder
+    hashes = {split: shard.sha256 for split, shard in ensemble.shards.items() if split != "fitness"}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if world.cuda:
         memory = torch.cuda.max_memory_allocated(world.device)
-    peak = peak_flops(world.device)
+    peak, known = peak_flops(world.device), {member["file"]: member["sha256"] for _, member in found["chosen"]}
     return {
         "track": TRACK, "status": "finished" if finished else "partial", "stopped_by": ensemble.stopped_by,
         "run_id": ensemble.run.run_id,
@@ -3153,17 +3219,18 @@ def make_result(ensemble: Ensemble, found: dict) -> dict:
         "selection": c.selection, "mixing": c.average, "leave_out_first": c.leave_out_first,
         "steps": steps, "tokens": tokens,
         "epochs": tokens / (ensemble.plan.epoch_micro_steps * VIRTUAL_RANKS * c.micro_batch * c.sequence_len),
-        "train_time_s": seconds, "train_time_s_of_chains": [ledger["train_time_s"] for ledger in ledgers],
+        "train_time_s": seconds, "process_hours": process_s / 3600,
+        "members": [{"file": member["file"], "weight": weight} for weight, member in found["chosen"]],
         "wall_time_s": wall_s + time.monotonic() - ensemble.fitted, "time_cap_min": 0.0,
-        "seed": c.seed, "world_size": world.size, "groups": ensemble.groups, "device": device_name(world.device),
+        "seed": c.seed, "world_size": world_size, "groups": groups, "device": device_name(world.device),
+        "as_declared": ensemble.as_declared,
         **ensemble.kernels, "dtype": str(ensemble.dtype).removeprefix("torch."), "compiled": ensemble.compiled,
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / max(seconds, 1e-9),
-        "mfu": flops / seconds / peak / world.size if peak and seconds else None,
+        "mfu": flops / process_s / peak if peak and process_s else None,
         "parameters": ensemble.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
         "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
-        "final_sha256": {member["file"]: member["sha256"] for _, member in found["chosen"]}
-        | {"members.json": sha256_file(folder / "final" / "members.json")},
+        "final_sha256": {p.name: known.get(p.name) or sha256_file(p) for p in sorted((folder / "final").iterdir())},
     }  # fmt: skip
 
 
@@ -3178,8 +3245,8 @@ def save_final(ensemble: Ensemble, found: dict) -> str:
             source = snapshot_path(ensemble, member)
             try:
                 os.link(source, final / member["file"])  # takes no space
-            except OSError:  # a disk without links
-                write_atomically(final / member["file"], partial(shutil.copyfile, source))
+            except OSError:  # a disk without such links
+                (final / member["file"]).symlink_to(os.path.relpath(source, final))
             members.append(member | {"weight": weight})
     except OSError as error:
         return str(error)
@@ -3192,13 +3259,15 @@ def save_final(ensemble: Ensemble, found: dict) -> str:
 def ineligible(config: Config, result: dict) -> list[str]:
     """Why a result cannot be a record of this track; empty if it can."""
     targets = Config.val_sequences * Config.sequence_len
-    gpu_hours = sum(result["train_time_s_of_chains"]) / 3600 * result["world_size"] / result["groups"]
+    most_hours = 64 * 7 * 24
     checks = {
         "the data are not the official files": all(result["data_sha256"][s] == h for s, h in OFFICIAL_SHA256.items()),
         f"{result['val_tokens']:,} validation targets, not {targets:,}": result["val_tokens"] == targets,
         "training took more than 64 GPUs, or longer than 7 days": result["train_time_s"] <= 7 * 86400
-        and gpu_hours <= 64 * 7 * 24
+        and result["process_hours"] <= most_hours
         and result["world_size"] <= 64,
+        "chains are not finished": result["status"] == "finished",
+        "the readout is not the one that the run declared": result["as_declared"],
         "the loss is not finite": math.isfinite(result["val_loss"]),
     }
     return [reason for reason, fine in checks.items() if not fine]
@@ -3262,7 +3331,7 @@ def final_block(result: dict, folder: Path) -> str:
 # Adapted from train.py: finish -- a mixture of snapshots
 def finish(ensemble: Ensemble) -> int:
     """Read out, print the final block, write result.json -> the exit code."""
-    if ensemble.stopped_by == "full disk":
+    if ensemble.stopped_by in ("full disk", "an error"):
         return ensemble.say_how_to_resume()
     try:
         found = read_out(ensemble)
@@ -3274,10 +3343,15 @@ def finish(ensemble: Ensemble) -> int:
         return ensemble.say_how_to_resume()
     if not ensemble.world.main:
         return 0
-    folder, failure = ensemble.run.folder, save_final(ensemble, found)
+    folder, c, name, failure = ensemble.run.folder, ensemble.config, "result.json", ""
+    if ensemble.as_declared:
+        (folder / name).unlink(missing_ok=True)  # what it says is in final/ changes now
+        failure = save_final(ensemble, found)
+    else:  # beside the result, which stays
+        name = f"result_{c.selection}_{c.average}{'_without_first' * c.leave_out_first}.json"
     if not failure:
         result = make_result(ensemble, found)
-        reasons = ineligible(ensemble.config, result)
+        reasons = ineligible(c, result)
         result |= {"eligible": not reasons, "not_eligible_because": reasons}
         losses = found["losses"] or {len(found["chosen"]): result["val_loss"]}
         for size, loss in losses.items():
@@ -3287,28 +3361,31 @@ def finish(ensemble: Ensemble) -> int:
         except Exception as error:  # a full disk, or a library's fault: no reason to end a run
             ensemble.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
         ensemble.run.log(final_block(result, folder))
-        failure = try_to_write_json(folder / "result.json", result)
+        failure = try_to_write_json(folder / name, result)
     if failure:
         ensemble.run.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
         return 1
     return 0
 
 
-def extend(resume: str, saved: dict, given: dict) -> dict:
-    """What config.json says after --add-chains, which is for finished runs alone (ValueError)."""
-    added = given.get("add_chains", 0)
-    if added:
-        chains = saved["config"]["chains"]
-        how = "--resume alone goes on with them"
-        require(
-            saved["finished"], f"--add-chains extends a finished run, and {resume} has {chains} chains to finish: {how}"
-        )
-        content = json.loads((Path(resume) / "config.json").read_text())
-        content["config"]["chains"] = content["overrides"]["chains"] = chains + added
-        (Path(resume) / "result.json").rename(Path(resume) / f"result_of_{chains}_chains.json")
-        write_json(Path(resume) / "config.json", content)
-        saved = saved | content | {"finished": False}
-    return saved
+def extended(resume: str, saved: dict, added: int) -> dict:
+    """What config.json will say after --add-chains, which is for finished runs alone (ValueError)."""
+    chains = saved["config"]["chains"]
+    require(added >= 0, f"--add-chains is {added}: it must be 0 or more")
+    how = f"{resume} has {chains} chains to finish: --resume alone goes on with them"
+    require(saved["finished"] or not added, f"--add-chains extends a finished run, and {how}")
+    more = {"chains": chains + added}
+    longer = {"config": saved["config"] | more, "overrides": saved["overrides"] | more, "finished": False}
+    return saved | (longer if added else {})
+
+
+def extend(saved: dict) -> None:
+    """Write what extended said; the result so far has another name from then on."""
+    folder = Path(saved["folder"])
+    chains = json.loads((folder / "config.json").read_text())["config"]["chains"]
+    if chains != saved["config"]["chains"]:
+        (folder / "result.json").rename(folder / f"result_of_{chains}_chains.json")
+        write_json(folder / "config.json", {k: v for k, v in saved.items() if k not in ("folder", "finished")})
 
 
 # Adapted from train.py: set_up -- an ensemble, and groups of processes
@@ -3326,7 +3403,7 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     world = set_up_world(device)
     if resume is not None:
         saved = world.share(open_run, resume, given)
-        saved = world.share(extend, resume, saved, given)
+        saved = world.share(extended, resume, saved, given.get("add_chains", 0))
         changed = {name: given[name] for name in RESUME_MAY_CHANGE - {"add_chains"} & given.keys()}
         config = Config(**saved["config"] | changed)
         if saved["finished"] and not config.select_only:
@@ -3334,9 +3411,10 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
                 print(f"{resume} has finished, see {resume}/result.json")
             return None, True
     # What is the same in all processes is checked by one: one message if it is refused.
-    dtype, group = compute_dtype(config, world.device), chain_world(world, config.processes_per_chain)
+    dtype = compute_dtype(config, world.device)
+    group = chain_world(world, world.share(group_size, world, config.processes_per_chain))
     world.share(choose_kernels, config, world.device, dtype)
-    needed_gib = world.share(check_memory, config, group)
+    needed_gib = 0.0 if config.select_only else world.share(check_memory, config, group)
     loaded: dict[str, Shard] = {}
     world.share(lambda: loaded.update(load_data(config)))
     shards = loaded or load_data(config)
@@ -3348,7 +3426,9 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     T, scored = config.sequence_len, ("fitness", "val", "holdout")
     targets = sum(len(shards[split].tokens) // (T + 1) * T for split in scored if split in shards)
     folder = Path(resume or Path(config.runs_dir) / config.run_name)
-    disk = world.share(check_disk, config, dtype, folder, world.size // group.size, targets)
+    disk = "nothing is trained"
+    if not config.select_only:
+        disk = world.share(check_disk, config, dtype, folder, world.size // group.size, targets)
     if resume is None:
         saved = world.share(create_run, config, hashes)
         world.share((Path(saved["folder"]) / "chains").mkdir)
@@ -3360,10 +3440,17 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     )
     run = Run(saved["folder"], saved["run_id"], world.main)
     world.share(run.open)
+    if resume is not None:
+        world.share(extend, saved)
     ensemble = Ensemble(config, world, group, run, plan, shards, byte_lengths)
     ensemble.started = started
+    settings = ("selection", "average", "leave_out_first")
+    ensemble.as_declared = all(getattr(config, name) == saved["config"][name] for name in settings)
     wandb_said = config.wandb if config.wandb != "auto" else "as WANDB_API_KEY says"
     run.log(header(ensemble, saved, bytes_from, needed_gib, disk, wandb_said))
+    if ensemble.groups > config.chains:
+        idle = (ensemble.groups - config.chains) * group.size
+        run.log(f"WARNING: {idle} processes have nothing to train: fewer machines, or more --processes-per-chain")
     return ensemble, resume is not None
 
 
