@@ -291,11 +291,11 @@ def test_run_folder_and_claims(base, folder, capsys):
     assert "chain 0 | cycle 2/3 | step 15/25 | val " in printed and "chain 1 | step 20/25 | train" in printed
     assert "chain 0 | projected training time" in printed and "for all chains (2 one after the other)" in printed
     assert "up to " in printed and "6 snapshots" in printed and "operations in all" in printed
-    ledgers = [read(folder / "chains" / f"{chain:02d}" / "ledger.json") for chain in (0, 1)]
+    ledgers = [read(folder / "chains" / f"chain_{chain:02d}" / "ledger.json") for chain in (0, 1)]
     assert [ledger["state"] for ledger in ledgers] == ["finished"] * 2
     assert [ledger["seed"] for ledger in ledgers] == [42, 43]
     for chain, ledger in enumerate(ledgers):
-        own = folder / "chains" / f"{chain:02d}"
+        own = folder / "chains" / f"chain_{chain:02d}"
         assert [member["cycle"] for member in ledger["members"]] == [1, 2, 3]
         for member in ledger["members"]:
             assert unlimited.sha256_file(own / "final" / member["file"]) == member["sha256"]
@@ -371,7 +371,7 @@ def test_the_spread_of_chains_does_not_matter(base, folder):
     assert unlimited.main(flags(**values)) == 0
     for processes in (2, 4):
         output = run_to_end(SCRIPT, flags(**values | {"run_name": f"of_{processes}"}), processes)
-        assert f"{processes} group(s) of 1 process(es)" in output
+        assert f"groups x processes: {processes} x 1" in output
         assert results_of(folder.parent / f"of_{processes}") == results_of(folder)
 
 
@@ -381,7 +381,7 @@ def test_a_group_of_processes_trains_a_chain(base, folder):
     values |= {"outer_batch_tokens": 1024, "meta_gradient": True}
     assert unlimited.main(flags(**values)) == 0
     run_to_end(SCRIPT, flags(**values | {"run_name": "two", "processes_per_chain": 2}), 2)
-    one, two = (read_metrics(path / "chains" / "00") for path in (folder, folder.parent / "two"))
+    one, two = (read_metrics(path / "chains" / "chain_00") for path in (folder, folder.parent / "two"))
     for lines, expected in zip(two, one, strict=True):
         for key in ("train_loss_with_mtp", "val_loss", "fitness_loss"):
             found = [line[key] for line in lines if key in line]
@@ -447,11 +447,11 @@ def test_stopped_by_a_signal_and_resumed(base, folder, monkeypatch, capsys):
 
     monkeypatch.setattr(unlimited.Chain, "train_step", interrupted)
     assert unlimited.main(flags(**values)) == 0
-    assert f"stopped by SIGTERM; to resume, launch {sys.argv[0]} --resume {folder}" in capsys.readouterr().out
-    states = [read(folder / "chains" / name / "ledger.json")["state"] for name in ("00", "01")]
+    assert f"stopped by SIGTERM; resume with: python {sys.argv[0]} --resume {folder}" in capsys.readouterr().out
+    states = [read(folder / "chains" / name / "ledger.json")["state"] for name in ("chain_00", "chain_01")]
     assert states == ["finished", "stopped"] and not (folder / "result.json").exists()
     monkeypatch.setattr(unlimited.Chain, "train_step", step_of)
-    first = folder / "chains" / "00" / "metrics.jsonl"
+    first = folder / "chains" / "chain_00" / "metrics.jsonl"
     before = first.stat().st_mtime_ns
     assert unlimited.main(["--resume", str(folder)]) == 0
     assert first.stat().st_mtime_ns == before and "chain 1 | resumed at step 12/" in capsys.readouterr().out
@@ -462,7 +462,7 @@ def test_what_is_damaged_is_left_out(base, folder, capsys):
     """A snapshot with a changed byte, and one that is gone: neither is mixed in, and it is said which they are."""
     assert unlimited.main(flags(**base | TINY)) == 0
     (before, *_), names = results_of(folder), ["chain_00_cycle_002.safetensors", "chain_01_cycle_001.safetensors"]
-    damaged, gone = (folder / "chains" / name[6:8] / "final" / name for name in names)
+    damaged, gone = (folder / "chains" / name[:8] / "final" / name for name in names)
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.unlink()
@@ -498,7 +498,7 @@ def test_a_damaged_snapshot_is_left_out_when_its_chain_resumes(base, folder, cap
     ensemble.chain.train_step = stop_at_12
     ensemble.fit()
     ensemble.run.close()
-    (folder / "chains" / "00" / "final" / "chain_00_cycle_001.safetensors").unlink()
+    (folder / "chains" / "chain_00" / "final" / "chain_00_cycle_001.safetensors").unlink()
     assert unlimited.main(["--resume", str(folder)]) == 0
     assert "chain_00_cycle_001.safetensors is missing or damaged: it is left out" in capsys.readouterr().out
     members, expected = members_of(folder), members_of(folder.parent / "reference")
@@ -584,7 +584,7 @@ def test_independent_members(base, folder):
     """Each cycle begins with fresh weights and an empty optimizer, with a teacher or without."""
     values = base | TINY | {"chains": 1, "cycles": 3, "members": "independent", "eval_initial": True}
     assert unlimited.main(flags(**values)) == 0
-    steps, validations = read_metrics(folder / "chains" / "00")
+    steps, validations = read_metrics(folder / "chains" / "chain_00")
     assert validations[0]["val_loss"] == pytest.approx(math.log(V), abs=0.01)
     starts = [line["train_loss"] for line in steps if line["lr"] == 1.0]
     assert len(starts) == 3 and starts == pytest.approx([math.log(V)] * 3, abs=0.01)
@@ -598,7 +598,7 @@ def test_independent_members(base, folder):
 def test_only_so_many_snapshots_are_kept(base, folder):
     """The one of least weight in its chain goes, never the newest; what is kept is what the ledger lists."""
     assert unlimited.main(flags(**base | {"chains": 1, "cycles": 4, "keep": 2, "checkpoint_min": 0.0})) == 0
-    own = folder / "chains" / "00"
+    own = folder / "chains" / "chain_00"
     members = read(own / "ledger.json")["members"]
     assert len(members) == 2 and members[-1]["cycle"] == 4
     assert sorted(path.name for path in (own / "final").iterdir()) == [member["file"] for member in members]
@@ -707,11 +707,11 @@ def test_resuming_with_other_settings_is_refused(base, folder, capsys):
     assert unlimited.main(flags(**base | TINY)) == 0
     assert unlimited.main(["--resume", str(folder), "--chains=3"]) == 2
     assert "was started with other settings (chains 2, now 3)" in capsys.readouterr().err
-    ledger = folder / "chains" / "00" / "ledger.json"
+    ledger = folder / "chains" / "chain_00" / "ledger.json"
     ledger.write_text("{")
     assert unlimited.main(["--resume", str(folder), "--select-only"]) == 2
     assert f"{ledger} is damaged" in capsys.readouterr().err
-    shutil.rmtree(folder / "chains" / "00")
+    shutil.rmtree(folder / "chains" / "chain_00")
     (folder / "result.json").unlink()
     assert unlimited.main(["--resume", str(folder)]) == 0  # the chain is trained again
     assert len(members_of(folder)) == 4
@@ -760,7 +760,7 @@ def test_a_damaged_checkpoint_of_any_chain_is_found_at_the_start(base, folder, m
 
     monkeypatch.setattr(unlimited.Chain, "train_step", interrupted)
     assert unlimited.main(flags(**base | TINY)) == 0
-    own, other = (folder / "chains" / name / "checkpoints" for name in ("00", "01"))
+    own, other = (folder / "chains" / name / "checkpoints" for name in ("chain_00", "chain_01"))
     (newest,) = own.glob("*.pt")
     newest.write_bytes(newest.read_bytes()[:-1])
     other.mkdir(parents=True)

@@ -2247,6 +2247,8 @@ class Trainer:
                 if epoch_ends or self.stopped_by == "time_cap":
                     self.end_epoch(complete=epoch_ends)
                 self.save_checkpoint()
+                if self.stopped_by == "signal":
+                    self.draw_curve()
                 self.clock.start()
         self.stopped_by = self.stopped_by or "steps"
 

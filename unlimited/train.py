@@ -1213,7 +1213,7 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, t
         for gib in (needed, there, free, scores, member, checkpoint)
     )
     parts = f"{snapshots:,} snapshots, {each[0]} each in {str(dtype)[6:]}, {scores_gib} of their losses, and three "
-    parts += f"checkpoints of {each[1]} for each of {running} chain(s) that train at a time"
+    parts += f"checkpoints of {each[1]} for each of the chains that train at a time, {running}"
     said = f"up to {needed_gib} in {folder} ({parts}); {free_gib} are free"
     had = f", and {there_gib} of it are there" if there else ""
     others = "" if there else ", --keep fewer snapshots of a chain, or choose another --runs-dir"
@@ -2184,25 +2184,31 @@ def draw_curve(folder: Path, stages: dict[int, str], val_loss: float | None = No
 def draw_ensemble(folder: Path, members: list[dict], weights: Tensor, losses: dict[int, float]) -> None:
     """curve.png: the members' validation losses and weights by cycle, the mixture's loss by the number of members."""
     from matplotlib.figure import Figure  # takes a second to import
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 4), layout="constrained")
+    figure.suptitle(folder.name)
     left, middle, right = figure.subplots(1, 3)
-    for chain in sorted({member["chain"] for member in members}):
+    chains = sorted({member["chain"] for member in members})
+    for k, chain in enumerate(chains):
         own = [i for i, member in enumerate(members) if member["chain"] == chain]
         cycles = [members[i]["cycle"] for i in own]
         left.plot(
             cycles, [members[i]["val_loss"] for i in own], "o-", markersize=3, linewidth=1, label=f"chain {chain}"
         )
-        middle.plot(cycles, weights[own].tolist(), "o", markersize=3)
-    right.plot(list(losses), list(losses.values()), "o-")
-    for size, loss in losses.items():
-        right.annotate(f"{loss:.4f}", (size, loss), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
-    left.axhline(list(losses.values())[-1], linestyle="--", linewidth=1, color="gray", label="the mixture")
+        beside = [cycle + 0.4 * (k - (len(chains) - 1) / 2) / len(chains) for cycle in cycles]  # not upon each other
+        middle.plot(beside, weights[own].tolist(), "o", markersize=3)
+    left.axhline([*losses.values()][-1], linestyle="--", linewidth=1, color="gray", label="the mixture")
     left.set(xlabel="cycle", ylabel="validation loss, nats per token", title="members")
     left.legend(fontsize=8)
-    middle.set(xlabel="cycle", ylabel="weight in the mixture", title="learned weights")
-    right.set(xlabel="members in the mixture", ylabel="validation loss", title="mixtures", xscale="log")
-    right.set_xticks(list(losses), [str(size) for size in losses], minor=False)
+    middle.set(xlabel="cycle", ylabel="weight", title="weights of the members", ylim=(0, None))
+    right.plot([str(size) for size in losses], list(losses.values()), "o-")
+    for size, loss in losses.items():
+        offset = {"textcoords": "offset points", "xytext": (0, 6)}
+        right.annotate(f"{loss:.4f}", (str(size), loss), ha="center", fontsize=8, **offset)
+    right.set(xlabel="members in the mixture", ylabel="validation loss", title="mixtures")
+    for axes in (left, middle):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     write_atomically(folder / "curve.png", partial(figure.savefig, format="png", dpi=120))
@@ -2342,7 +2348,7 @@ class Run:
 
 
 class ChainRun(Run):
-    """A chain's part of the run folder: chains/<chain>/, with a log, metrics, a curve and checkpoints of its own."""
+    """A chain's part of the run folder, chains/chain_<number>/: a log, metrics, a curve, checkpoints of its own."""
 
     def __init__(self, folder: Path, run_id: str, chain: int, main: bool, on_screen: bool):
         super().__init__(str(folder), f"{run_id}-{chain:02d}", main)
@@ -2512,6 +2518,8 @@ class Trainer:
                 if epoch_ends or self.stopped_by == "time_cap":
                     self.end_epoch(complete=epoch_ends)
                 self.save_checkpoint()
+                if self.stopped_by == "signal":
+                    self.draw_curve()
                 self.clock.start()
         self.stopped_by = self.stopped_by or "steps"
 
@@ -2770,7 +2778,7 @@ def losses_of(model: GPT, weights: Weights, tokens: Tensor, targets: Tensor, **h
 def read_ledger(folder: Path) -> dict:
     """What a chain's folder says of it: whether it is finished, its snapshots, their hashes and losses."""
     path, counted = folder / "ledger.json", ("steps", "tokens", "flops", "train_time_s", "process_s", "wall_time_s")
-    empty = {"chain": int(folder.name), "state": "waiting", "members": [], "layout": [1, 0, 1]}
+    empty = {"chain": int(folder.name.removeprefix("chain_")), "state": "waiting", "members": [], "layout": [1, 0, 1]}
     empty |= dict.fromkeys(counted, 0)
     return read_json(path, set(empty), f"delete {folder} to train this chain again") if path.exists() else empty
 
@@ -2915,7 +2923,7 @@ class Ensemble:
         with torch.device("meta"):
             self.num_parameters = sum(p.numel() for p in GPT(config).parameters())
         self.stopped_by, self.signal, self.signal_at, self.failed = "", "", 0.0, False
-        self.folders = [run.folder / "chains" / f"{number:02d}" for number in range(config.chains)]
+        self.folders = [run.folder / "chains" / f"chain_{number:02d}" for number in range(config.chains)]
         self.stopped_mark = run.folder / "stopped"  # a file that a group leaves for the others when it stops
         self.groups, todo = world.size // group.size, world.share(self.unfinished)
         self.rounds = math.ceil(len(todo) / self.groups)  # chains that a group trains one after the other
@@ -3014,7 +3022,8 @@ class Ensemble:
                 self.run.log(f"waiting for chains {waiting}")
             said = True
             time.sleep(0.5)
-        self.stopped_by, self.fitted = "select_only" if self.config.select_only else "steps", time.monotonic()
+        waiting, _ = self.world.share(self.look_around)
+        self.stopped_by, self.fitted = "select_only" if waiting else "steps", time.monotonic()
 
     def look_around(self) -> tuple[list[int], bool]:
         """The chains that are not finished yet, and whether a group has stopped, by what the disk says."""
@@ -3035,8 +3044,10 @@ class Ensemble:
 
     def say_how_to_resume(self) -> int:
         """-> the exit code: 0 if all is saved."""
-        how = f"launch {sys.argv[0]} --resume {self.run.folder} in the same way, or on other machines"
-        self.run.log(f"stopped by {self.signal or self.stopped_by}; to resume, {how}")
+        size, here = self.world.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
+        start = "python" if size == 1 else f"torchrun --standalone --nproc_per_node={size}"
+        how = f"{start if size == here else 'torchrun, as before,'} {sys.argv[0]} --resume {self.run.folder}"
+        self.run.log(f"stopped by {self.signal or self.stopped_by}; resume with: {how}")
         return 1 if self.failed else 0
 
 
@@ -3301,8 +3312,8 @@ def header(ensemble: Ensemble, saved: dict, bytes_from: str, needed_gib: float, 
         "disk": disk,
         "data": f"{c.data_dir}: {data}",
         "model": f"{ensemble.num_parameters:,} parameters",
-        "plan": f"{c.chains} chains of {c.cycles} cycles, {plan.num_steps:,} steps of {min(batches):,} or "
-        f"{max(batches):,} tokens; {ensemble.groups} group(s) of {ensemble.group.size} process(es); {operations}",
+        "plan": f"{c.chains} chains of {c.cycles} cycles; a chain has {plan.num_steps:,} steps of {min(batches):,} or "
+        f"{max(batches):,} tokens; groups x processes: {ensemble.groups} x {ensemble.group.size}; {operations}",
     }
     return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
 
@@ -3360,6 +3371,9 @@ def finish(ensemble: Ensemble) -> int:
             draw_ensemble(folder, found["members"], torch.tensor(found["weights"]), losses)
         except Exception as error:  # a full disk, or a library's fault: no reason to end a run
             ensemble.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
+        heaviest = sorted(found["chosen"], key=lambda pair: -pair[0])[:8]
+        said = ", ".join(f"{w:.3f} chain {m['chain']} cycle {m['cycle']}" for w, m in heaviest)
+        ensemble.run.log(f"largest weights of {len(found['chosen'])}: {said}")
         ensemble.run.log(final_block(result, folder))
         failure = try_to_write_json(folder / name, result)
     if failure:
@@ -3431,7 +3445,7 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
         disk = world.share(check_disk, config, dtype, folder, world.size // group.size, targets)
     if resume is None:
         saved = world.share(create_run, config, hashes)
-        world.share((Path(saved["folder"]) / "chains").mkdir)
+        world.share(os.rename, f"{saved['folder']}/checkpoints", f"{saved['folder']}/chains")  # which have their own
     world.share(check_same_data, saved, config.data_dir, hashes)
     check_same_data(saved, config.data_dir, hashes)  # the other processes may be on other disks
     seen = (Path(saved["folder"]) / "config.json").exists()
@@ -3446,8 +3460,10 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     ensemble.started = started
     settings = ("selection", "average", "leave_out_first")
     ensemble.as_declared = all(getattr(config, name) == saved["config"][name] for name in settings)
-    wandb_said = config.wandb if config.wandb != "auto" else "as WANDB_API_KEY says"
-    run.log(header(ensemble, saved, bytes_from, needed_gib, disk, wandb_said))
+    with_key = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
+    wandb_said = with_key if config.wandb == "auto" else config.wandb
+    now = {name: given[name] for name in RESUME_MAY_CHANGE & given.keys()}
+    run.log(header(ensemble, saved | {"overrides": saved["overrides"] | now}, bytes_from, needed_gib, disk, wandb_said))
     if ensemble.groups > config.chains:
         idle = (ensemble.groups - config.chains) * group.size
         run.log(f"WARNING: {idle} processes have nothing to train: fewer machines, or more --processes-per-chain")
