@@ -2941,9 +2941,10 @@ class Ensemble:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             elif not self.config.select_only:
                 todo.append(number)
-                info = newest and read_json(newest, {"sha256"}, f"delete it to resume chain {number} from before it")
-                sound = not newest or sha256_file(newest.with_suffix(".pt")) == info["sha256"]
-                require(sound, f"{newest} is damaged: delete it to resume chain {number} from before it")
+                advice = f"delete it to resume chain {number} from before it"
+                info, path = newest and read_json(newest, {"sha256"}, advice), newest and newest.with_suffix(".pt")
+                sound = not newest or (path.exists() and sha256_file(path) == info["sha256"])
+                require(sound, f"{newest} is damaged, or what it tells of: {advice}")
         return todo
 
     def warm_up(self) -> None:
