@@ -280,8 +280,8 @@ def check_config(c: Config) -> None:
 DEMO = {  # --demo: every technique, at a size that two CPU cores train in less than three minutes
     "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
     "replay_start": 2, "replay_end": 3, "replay_loops": 1, "chains": 2, "cycles": 3, "cycle_epochs": 1,
-    "teach_after": 1, "fitness_tokens": 16000, "batch_tokens": 8192, "outer_batch_tokens": 4096, "micro_batch": 4,
-    "eval_batch": 16, "val_sequences": 496, "lr_multiplier": 1.0, "weight_decay": 0.3, "dropout": 0.05,
+    "teach_after": 2, "fitness_tokens": 16000, "batch_tokens": 8192, "outer_batch_tokens": 4096, "micro_batch": 4,
+    "eval_batch": 16, "val_sequences": 248, "lr_multiplier": 1.0, "weight_decay": 0.3, "dropout": 0.05,
     "compile": "off", "processes_per_chain": 1,
 }  # fmt: skip
 
