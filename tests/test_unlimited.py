@@ -409,7 +409,7 @@ def test_killed_at_random_and_resumed(base, folder):
 
     KILLS and KILL_SEED in the environment make it more of them, and others.
     """
-    attempts = int(os.environ.get("KILLS", "3"))
+    attempts = int(os.environ.get("KILLS", "2"))
     values = base | TINY | {"dropout": 0.1, "checkpoint_min": 0.0, "cycles": max(2, attempts)}
     assert unlimited.main(flags(**values | {"run_name": "reference"})) == 0
     draw, arguments, kills = random.Random(int(os.environ.get("KILL_SEED", "0"))), flags(**values), []
