@@ -3329,7 +3329,7 @@ def final_block(result: dict, folder: Path) -> str:
     lines = [
         f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
         *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
-        f"val_loss   {result['val_loss']:.4f} (average of {result['mixing']}){bpb}; best {result['best_val_loss']:.4f}",
+        f"val_loss   {result['val_loss']:.4f} ({result['mixing']}-averaged){bpb}; best {result['best_val_loss']:.4f}",
         f"holdout    {holdout}",
         f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
         f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "
