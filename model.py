@@ -551,11 +551,15 @@ class GPT(nn.Module):
         lm_loss = self.head_loss(w, x, targets)
         if not config.mtp_weight:
             return lm_loss, lm_loss
+        return lm_loss + config.mtp_weight * self.mtp_loss(w, x, targets, dropped), lm_loss
+
+    def mtp_loss(self, w: Weights, x: Tensor, targets: Tensor, dropped: list[bool] | None) -> Tensor:
+        """Mean loss on the token after next: final stream x (B, T, C), targets (B, T) -> (), nats per token."""
         next_embedding = norm(F.embedding(targets[:, :-1], w["io"]["wte"]))
         z = F.linear(torch.cat([x[:, :-1], next_embedding], dim=-1), w["io"]["mtp_proj"])  # of (B, T - 1, 2 C)
-        is_dropped, settings = dropped is not None and dropped[-1], self._settings(config.sequence_len)
+        is_dropped, settings = dropped is not None and dropped[-1], self._settings(self.config.sequence_len)
         z = self._mtp_layer(w["mtp_block"], z, self.rotary(z.size(1)), dropped=is_dropped, **settings)
-        return lm_loss + config.mtp_weight * self.head_loss(w, z, targets[:, 1:]), lm_loss
+        return self.head_loss(w, z, targets[:, 1:])
 
     def head_loss(self, w: Weights, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""

@@ -511,7 +511,9 @@ def test_selection_is_repeated_with_other_settings(base, folder):
     select = ["--resume", str(folder), "--select-only"]
     assert unlimited.main(select) == 0
     assert results_of(folder) == before
-    claimed = (folder / "result.json").read_bytes()
+    declared = [folder / name for name in ("result.json", "curve.png", "metrics.jsonl", "final/members.json")]
+    (folder / "curve.png").write_bytes(b"as declared")
+    claimed = [path.read_bytes() for path in declared]
     assert unlimited.main([*select, "--selection=uniform"]) == 0
     result = read(folder / "result_uniform_probability.json")
     assert [member["weight"] for member in result["members"]] == [0.25] * 4
@@ -527,7 +529,7 @@ def test_selection_is_repeated_with_other_settings(base, folder):
         logs = logs + log_probs(sequences[:, :-1]).double() / 4
     nats = -logs.log_softmax(-1).gather(-1, sequences[:, 1:, None]).mean().item()
     assert result["val_loss"] == pytest.approx(nats, abs=1e-6) and result["mixing"] == "logit"
-    assert (folder / "result.json").read_bytes() == claimed and results_of(folder) == before
+    assert [path.read_bytes() for path in declared] == claimed and results_of(folder) == before
 
 
 def test_uniform_weights_can_be_declared(base, folder):

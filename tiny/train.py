@@ -1981,6 +1981,15 @@ class Lines:
             pass
 
 
+# Copied from train.py: wandb_mode
+def wandb_mode(config: Config) -> str:
+    """How Weights & Biases is wanted: online, offline or off."""
+    mode = config.wandb
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
+    return "off" if mode == "disabled" else mode
+
+
 # Copied from train.py: Run
 class Run:
     """The run folder and what is written to it as the run goes on. Only the main process writes."""
@@ -2011,11 +2020,9 @@ class Run:
 
     def start_wandb(self, config: Config) -> str:
         """Weights & Biases, where wanted -> what the header says of it. Where no --wandb asks for it, it may fail."""
-        mode = config.wandb
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
-        if mode in ("off", "disabled"):
-            return "off"
+        mode = wandb_mode(config)
+        if mode == "off":
+            return mode
         try:
             import wandb
 
@@ -2113,6 +2120,19 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f}h" if seconds > 7200 else f"{seconds / 60:.1f}m" if seconds > 90 else f"{seconds:.0f}s"
 
 
+# Copied from train.py: seed_of
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on all of these numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# Copied from train.py: resume_command
+def resume_command(processes: int, folder: Path) -> str:
+    """What resumes a run on this machine."""
+    start = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
+    return f"{start} {sys.argv[0]} --resume {folder}"
+
+
 # Copied from train.py: Trainer
 class Trainer:
     """A training run: its state, and its phases warm_up, resume and fit. What follows is finish."""
@@ -2169,8 +2189,7 @@ class Trainer:
         for index, (micro_step, rows) in pieces:
             how = stage(self.plan, step) | pass_arguments(self.plan, step, micro_step)
             for i, chunk in enumerate(rows.split(c.device_rows)):
-                seed = np.random.SeedSequence((c.seed, step, v, index, i)).generate_state(1, np.uint64)
-                self.world.seed(int(seed[0]))
+                self.world.seed(seed_of(c.seed, step, v, index, i))
                 totals += self.backward(chunk, share * len(chunk) / len(rows), **how)
 
     def train_step(self, step: int):
@@ -2436,9 +2455,8 @@ class Trainer:
 
     def say_how_to_resume(self) -> int:
         """-> the exit code: 0 if the checkpoint is saved."""
-        start = "python" if self.world.size == 1 else f"torchrun --standalone --nproc_per_node={self.world.size}"
-        how = f"resume with: {start} {sys.argv[0]} --resume {self.run.folder}"
-        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; {how}")
+        how = resume_command(self.world.size, self.run.folder)
+        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; resume with: {how}")
         return 1 if self.checkpoint_failure else 0
 
 
@@ -2599,6 +2617,17 @@ def ineligible(config: Config, result: dict) -> list[str]:
     return [reason for reason, fine in checks.items() if not fine]
 
 
+# Copied from train.py: plan_lines
+def plan_lines(trainer: Trainer) -> dict[str, str]:
+    """What the header says of steps and stages, by the words in front."""
+    c = trainer.config
+    cap = f"cap {c.time_cap_min:g} min" if c.time_cap_min else "no cap (not eligible)"
+    return {
+        "plan": f"{trainer.plan.num_steps:,} steps of {c.batch_tokens:,} tokens, {c.num_epochs} epochs, {cap}",
+        "stages": "; ".join(f"from step {step + 1}: {text}" for step, text in trainer.stages.items()),
+    }
+
+
 # Copied from train.py: header
 def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
     """The first thing that a run prints."""
@@ -2621,10 +2650,7 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, di
         "disk": disk,
         "data": f"{c.data_dir}: {data}",
         "model": f"{trainer.num_parameters:,} parameters",
-        "plan": f"{trainer.plan.num_steps:,} steps of {c.batch_tokens:,} tokens, {c.num_epochs} epochs, "
-        + (f"cap {c.time_cap_min:g} min" if c.time_cap_min else "no cap (not eligible)"),
-        "stages": "; ".join(f"from step {step + 1}: {text}" for step, text in trainer.stages.items()),
-    }
+    } | plan_lines(trainer)
     return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
 
 

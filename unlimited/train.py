@@ -979,11 +979,16 @@ class GPT(nn.Module):
             loss, lm_loss = self.taught_loss(w, x, targets, teacher, self.stream_of(teacher, tokens))
         if not config.mtp_weight:
             return loss, lm_loss
+        return loss + own_share * config.mtp_weight * self.mtp_loss(w, x, targets, dropped), lm_loss
+
+    # Copied from model.py: GPT.mtp_loss
+    def mtp_loss(self, w: Weights, x: Tensor, targets: Tensor, dropped: list[bool] | None) -> Tensor:
+        """Mean loss on the token after next: final stream x (B, T, C), targets (B, T) -> (), nats per token."""
         next_embedding = norm(F.embedding(targets[:, :-1], w["io"]["wte"]))
         z = F.linear(torch.cat([x[:, :-1], next_embedding], dim=-1), w["io"]["mtp_proj"])  # of (B, T - 1, 2 C)
-        is_dropped, settings = dropped is not None and dropped[-1], self._settings(config.sequence_len)
+        is_dropped, settings = dropped is not None and dropped[-1], self._settings(self.config.sequence_len)
         z = self._mtp_layer(w["mtp_block"], z, self.rotary(z.size(1)), dropped=is_dropped, **settings)
-        return loss + own_share * config.mtp_weight * self.head_loss(w, z, targets[:, 1:]), lm_loss
+        return self.head_loss(w, z, targets[:, 1:])
 
     @torch.no_grad()
     def stream_of(self, teacher: Weights, tokens: Tensor) -> Tensor:
@@ -1641,8 +1646,14 @@ def stage_changes(plan: Plan) -> dict[int, str]:
 # Adapted from train.py: step_flops_per_token -- a teacher, which only predicts
 def step_flops_per_token(plan: Plan, step: int) -> float:
     """Floating-point operations of an optimizer step, per token."""
-    taught = flops_per_token(dataclasses.replace(plan.config, mtp_weight=0.0), replay=plan.config.replay_from < 1) / 3
-    return flops_per_token(plan.config, **stage(plan, step)) + taught * plan.taught(step)
+    return flops_with_teacher(plan.config, stage(plan, step)["replay"], plan.taught(step))
+
+
+@cache  # there are tens of thousands of steps, and four cases
+def flops_with_teacher(config: Config, replay: bool, taught: bool) -> float:
+    """Of a token in training; a teacher makes a forward pass, without the block for the token after next."""
+    teacher = flops_per_token(dataclasses.replace(config, mtp_weight=0.0), replay=config.replay_from < 1) / 3
+    return flops_per_token(config, replay) + teacher * taught
 
 
 # Adapted from train.py: pass_arguments -- a teacher
@@ -1955,6 +1966,11 @@ def learn_weights(probabilities: Tensor) -> Tensor:
     return alpha.detach().softmax(0)
 
 
+def weights_by_nats(nats: list[Tensor]) -> Tensor:
+    """learn_weights from each member's losses (n, T) on the fitness set -> (M,)."""
+    return learn_weights(torch.stack([(-n.double().flatten()).exp() for n in nats]))
+
+
 def mixtures(weights: Tensor, sizes: tuple[int, ...] = READOUT_SIZES) -> dict[int, Tensor]:
     """Weights (M,) of all members -> by K, the weights with the K largest alone, which sum to 1.
 
@@ -2230,6 +2246,15 @@ class Lines:
             pass
 
 
+# Copied from train.py: wandb_mode
+def wandb_mode(config: Config) -> str:
+    """How Weights & Biases is wanted: online, offline or off."""
+    mode = config.wandb
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
+    return "off" if mode == "disabled" else mode
+
+
 # Copied from train.py: Run
 class Run:
     """The run folder and what is written to it as the run goes on. Only the main process writes."""
@@ -2260,11 +2285,9 @@ class Run:
 
     def start_wandb(self, config: Config) -> str:
         """Weights & Biases, where wanted -> what the header says of it. Where no --wandb asks for it, it may fail."""
-        mode = config.wandb
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
-        if mode in ("off", "disabled"):
-            return "off"
+        mode = wandb_mode(config)
+        if mode == "off":
+            return mode
         try:
             import wandb
 
@@ -2384,6 +2407,19 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f}h" if seconds > 7200 else f"{seconds / 60:.1f}m" if seconds > 90 else f"{seconds:.0f}s"
 
 
+# Copied from train.py: seed_of
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on all of these numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# Copied from train.py: resume_command
+def resume_command(processes: int, folder: Path) -> str:
+    """What resumes a run on this machine."""
+    start = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
+    return f"{start} {sys.argv[0]} --resume {folder}"
+
+
 # Copied from train.py: Trainer
 class Trainer:
     """A training run: its state, and its phases warm_up, resume and fit. What follows is finish."""
@@ -2440,8 +2476,7 @@ class Trainer:
         for index, (micro_step, rows) in pieces:
             how = stage(self.plan, step) | pass_arguments(self.plan, step, micro_step)
             for i, chunk in enumerate(rows.split(c.device_rows)):
-                seed = np.random.SeedSequence((c.seed, step, v, index, i)).generate_state(1, np.uint64)
-                self.world.seed(int(seed[0]))
+                self.world.seed(seed_of(c.seed, step, v, index, i))
                 totals += self.backward(chunk, share * len(chunk) / len(rows), **how)
 
     def train_step(self, step: int):
@@ -2707,9 +2742,8 @@ class Trainer:
 
     def say_how_to_resume(self) -> int:
         """-> the exit code: 0 if the checkpoint is saved."""
-        start = "python" if self.world.size == 1 else f"torchrun --standalone --nproc_per_node={self.world.size}"
-        how = f"resume with: {start} {sys.argv[0]} --resume {self.run.folder}"
-        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; {how}")
+        how = resume_command(self.world.size, self.run.folder)
+        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; resume with: {how}")
         return 1 if self.checkpoint_failure else 0
 
 
@@ -2757,8 +2791,7 @@ def perturb(model: GPT, scale: float, *seed: int) -> None:
 
     It is drawn on the CPU from `seed` alone, so it is the same on all processes and devices.
     """
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]))
+    generator = torch.Generator().manual_seed(seed_of(*seed))
     for p in model.parameters():
         if p.numel() > 1:
             wide = p.to(torch.promote_types(p.dtype, torch.float32))
@@ -2827,7 +2860,7 @@ class Chain(Trainer):
         """What a cycle but the first begins with: noise, or other weights and an empty optimizer."""
         if self.config.members == "snapshots":
             return perturb(self.model, perturbation_scale(self.config, cycle - 1), self.config.seed, cycle)
-        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, cycle)).generate_state(1, np.uint64)[0]))
+        torch.manual_seed(seed_of(self.config.seed, cycle))
         self.model.init_weights()
         self.optimizer.broadcast_values()
         self.optimizer.steps = 0
@@ -2872,7 +2905,7 @@ class Chain(Trainer):
             waiting = {file: tensors["nats.fitness"] for file, tensors in self.unsaved.items()}
             files = [member["file"] for member in self.members]
             nats = [waiting[file] if file in waiting else read_nats(folder / file, "fitness") for file in files]
-            return int(learn_weights(torch.stack([(-n.double().flatten()).exp() for n in nats]))[:-1].argmin())
+            return int(weights_by_nats(nats)[:-1].argmin())
 
         if len(self.members) > self.config.keep:
             gone = self.members.pop(self.world.share(least))
@@ -2920,8 +2953,7 @@ class Ensemble:
         self.dtype = compute_dtype(config, world.device)
         self.kernels = choose_kernels(config, world.device, self.dtype)
         self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
-        with torch.device("meta"):
-            self.num_parameters = sum(p.numel() for p in GPT(config).parameters())
+        self.num_parameters, *_ = memory_gib(config, group.size, self.dtype)
         self.stopped_by, self.signal, self.signal_at, self.failed = "", "", 0.0, False
         self.folders = [run.folder / "chains" / f"chain_{number:02d}" for number in range(config.chains)]
         self.stopped_mark = run.folder / "stopped"  # a file that a group leaves for the others when it stops
@@ -3046,8 +3078,8 @@ class Ensemble:
     def say_how_to_resume(self) -> int:
         """-> the exit code: 0 if all is saved."""
         size, here = self.world.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
-        start = "python" if size == 1 else f"torchrun --standalone --nproc_per_node={size}"
-        how = f"{start if size == here else 'torchrun, as before,'} {sys.argv[0]} --resume {self.run.folder}"
+        on_several = f"torchrun, as before, {sys.argv[0]} --resume {self.run.folder}"
+        how = resume_command(size, self.run.folder) if size == here else on_several
         self.run.log(f"stopped by {self.signal or self.stopped_by}; resume with: {how}")
         return 1 if self.failed else 0
 
@@ -3080,8 +3112,7 @@ def weigh(ensemble: Ensemble, members: list[dict]) -> tuple[list[float], dict[in
     if ensemble.config.selection == "uniform":
         weights = torch.full((len(members),), 1 / len(members), dtype=torch.float64)
         return weights.tolist(), {len(members): weights.tolist()}
-    nats = [read_nats(snapshot_path(ensemble, member), "fitness").double().flatten() for member in members]
-    weights = learn_weights(torch.stack([(-n).exp() for n in nats]))
+    weights = weights_by_nats([read_nats(snapshot_path(ensemble, member), "fitness") for member in members])
     return weights.tolist(), {size: w.tolist() for size, w in mixtures(weights).items()}
 
 
@@ -3104,6 +3135,13 @@ def build_scorer(ensemble: Ensemble) -> GPT:
     return model
 
 
+def load_weights(ensemble: Ensemble, model: GPT, member: dict) -> Weights:
+    """The compute weights of a member, from the disk."""
+    snapshot = read_snapshot(snapshot_path(ensemble, member))
+    on_device = {name: value.to(ensemble.world.device) for name, value in snapshot.items()}
+    return snapshot_weights(model, on_device, ensemble.dtype)
+
+
 def score_members(ensemble: Ensemble, members: list[dict], split: str) -> list[Path]:
     """Losses of members on a split, in scores/, made where they are not there yet -> their paths; collective.
 
@@ -3122,18 +3160,13 @@ def score_members(ensemble: Ensemble, members: list[dict], split: str) -> list[P
         if ensemble.signal or ensemble.stopped_mark.exists():
             ensemble.stopped_mark.touch()
             break
-        snapshot = to_device(read_snapshot(snapshot_path(ensemble, member)), world.device)
-        weights = snapshot_weights(model, snapshot, ensemble.dtype)
+        weights = load_weights(ensemble, model, member)
         nats = eval_set.nats(partial(losses_of, model, weights, **how)).float()
         write_atomically(path, partial(save_file, {f"nats.{split}": nats}))
         ensemble.run.log(f"{split}: {sum(path.exists() for path in paths)} of {len(paths)} members scored")
     while not all(path.exists() for path in paths) and not (ensemble.signal or ensemble.stopped_mark.exists()):
         time.sleep(0.2)
     return paths
-
-
-def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in tensors.items()}
 
 
 def mix_logits(ensemble: Ensemble, members: list[dict], weights: list[float], split: str) -> Score:
@@ -3150,8 +3183,7 @@ def mix_logits(ensemble: Ensemble, members: list[dict], weights: list[float], sp
     def losses(tokens: Tensor, targets: Tensor) -> Tensor:
         total = 0.0
         for weight, member in zip(weights, members, strict=True):
-            snapshot = to_device(read_snapshot(snapshot_path(ensemble, member)), world.device)
-            log_probs = model.log_probs(tokens, snapshot_weights(model, snapshot, ensemble.dtype), **how)
+            log_probs = model.log_probs(tokens, load_weights(ensemble, model, member), **how)
             total = total + weight * log_probs  # logits but for a constant, which the softmax takes away
         return -total.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
@@ -3285,26 +3317,35 @@ def ineligible(config: Config, result: dict) -> list[str]:
     return [reason for reason, fine in checks.items() if not fine]
 
 
-# Adapted from train.py: header -- chains and groups
-def header(ensemble: Ensemble, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
+# Adapted from train.py: plan_lines -- chains, groups, operations
+def plan_lines(ensemble: Ensemble) -> dict[str, str]:
+    """What the header says of chains and groups, by the words in front."""
+    c, plan = ensemble.config, ensemble.plan
+    batches = [plan.batch_tokens(cycle) for cycle in range(c.cycles)]
+    chain_flops = sum(step_flops_per_token(plan, step) * batches[plan.cycle(step)] for step in range(plan.num_steps))
+    operations = f"{c.chains * chain_flops:.3g} operations in all"
+    if peak := peak_flops(ensemble.world.device):
+        hours = ensemble.rounds * chain_flops / (0.4 * peak * ensemble.group.size) / 3600
+        operations += f"; at 40% of the peak {hours:,.1f} h"
+    steps = f"a chain has {plan.num_steps:,} steps of {min(batches):,} or {max(batches):,} tokens"
+    groups = f"groups x processes: {ensemble.groups} x {ensemble.group.size}"
+    return {"plan": f"{c.chains} chains of {c.cycles} cycles; {steps}; {groups}; {operations}"}
+
+
+# Copied from train.py: header
+def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
     """The first thing that a run prints."""
-    c, world, shards, plan = ensemble.config, ensemble.world, ensemble.shards, ensemble.plan
+    c, world, shards = trainer.config, trainer.world, trainer.shards
     settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
     official = all(shards[split].sha256 == sha256 for split, sha256 in OFFICIAL_SHA256.items())
     sizes = ", ".join(f"{split} {len(shard.tokens):,}" for split, shard in shards.items())
     data = f"{sizes} tokens ({'official' if official else 'not the official files'}); bytes of tokens {bytes_from}"
-    device = f"{world.size} x {device_name(world.device)}, {str(ensemble.dtype).removeprefix('torch.')}"
-    compiled = "compiled" if ensemble.compiled else "not compiled"
-    kernels = ", ".join(f"{name} {kernel}" for name, kernel in ensemble.kernels.items())
+    device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
+    compiled = "compiled" if trainer.compiled else "not compiled"
+    kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
     for name, (fallback, fast, *_) in KERNELS.items():
-        if world.cuda and (ensemble.kernels[name], getattr(c, name)) == (fallback, "auto"):
+        if world.cuda and (trainer.kernels[name], getattr(c, name)) == (fallback, "auto"):
             kernels += f" (slower: --{name} {fast} says why not {fast})"
-    batches = [plan.batch_tokens(cycle) for cycle in range(c.cycles)]
-    chain_flops = sum(step_flops_per_token(plan, step) * batches[plan.cycle(step)] for step in range(plan.num_steps))
-    operations = f"{c.chains * chain_flops:.3g} operations in all"
-    if peak := peak_flops(world.device):
-        hours = ensemble.rounds * chain_flops / (0.4 * peak * ensemble.group.size) / 3600
-        operations += f"; at 40% of the peak {hours:,.1f} h"
     lines = {
         "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
         "settings": settings,
@@ -3312,10 +3353,8 @@ def header(ensemble: Ensemble, saved: dict, bytes_from: str, needed_gib: float, 
         "device": f"{device}, {kernels}, {compiled}, about {needed_gib:.2g} GiB per process",
         "disk": disk,
         "data": f"{c.data_dir}: {data}",
-        "model": f"{ensemble.num_parameters:,} parameters",
-        "plan": f"{c.chains} chains of {c.cycles} cycles; a chain has {plan.num_steps:,} steps of {min(batches):,} or "
-        f"{max(batches):,} tokens; groups x processes: {ensemble.groups} x {ensemble.group.size}; {operations}",
-    }
+        "model": f"{trainer.num_parameters:,} parameters",
+    } | plan_lines(trainer)
     return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
 
 
@@ -3338,6 +3377,17 @@ def final_block(result: dict, folder: Path) -> str:
         f"run folder {folder}, curve {folder / 'curve.png'}",
     ]
     return "\n".join(["=" * 100, *lines, "=" * 100])
+
+
+def report_mixtures(ensemble: Ensemble, found: dict, result: dict) -> None:
+    """curve.png, and a line of metrics.jsonl for each mixture."""
+    losses = found["losses"] or {len(found["chosen"]): result["val_loss"]}
+    for size, loss in losses.items():
+        ensemble.run.record({"step": result["steps"], "mixture_of": size, "val_loss": loss})
+    try:
+        draw_ensemble(ensemble.run.folder, found["members"], torch.tensor(found["weights"]), losses)
+    except Exception as error:  # a full disk, or a library's fault: no reason to end a run
+        ensemble.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
 
 
 # Adapted from train.py: finish -- a mixture of snapshots
@@ -3365,13 +3415,8 @@ def finish(ensemble: Ensemble) -> int:
         result = make_result(ensemble, found)
         reasons = ineligible(c, result)
         result |= {"eligible": not reasons, "not_eligible_because": reasons}
-        losses = found["losses"] or {len(found["chosen"]): result["val_loss"]}
-        for size, loss in losses.items():
-            ensemble.run.record({"step": result["steps"], "mixture_of": size, "val_loss": loss})
-        try:
-            draw_ensemble(folder, found["members"], torch.tensor(found["weights"]), losses)
-        except Exception as error:  # a full disk, or a library's fault: no reason to end a run
-            ensemble.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
+        if ensemble.as_declared:
+            report_mixtures(ensemble, found, result)
         heaviest = sorted(found["chosen"], key=lambda pair: -pair[0])[:8]
         said = ", ".join(f"{w:.3f} chain {m['chain']} cycle {m['cycle']}" for w, m in heaviest)
         ensemble.run.log(f"largest weights of {len(found['chosen'])}: {said}")
@@ -3409,7 +3454,7 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
 
     No ensemble: the run that --resume names has finished.
     """
-    started, (given, resume) = time.monotonic(), parse_arguments(argv)
+    given, resume = parse_arguments(argv)
     config, device = Config(**given) if resume is None else None, given.get("device", "auto")
     for name in ("add_chains", "select_only"):
         require(resume is not None or not given.get(name), f"--{name.replace('_', '-')} needs --resume RUN_DIR")
@@ -3458,13 +3503,14 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     if resume is not None:
         world.share(extend, saved)
     ensemble = Ensemble(config, world, group, run, plan, shards, byte_lengths)
-    ensemble.started = started
     settings = ("selection", "average", "leave_out_first")
     ensemble.as_declared = all(getattr(config, name) == saved["config"][name] for name in settings)
-    with_key = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
-    wandb_said = with_key if config.wandb == "auto" else config.wandb
     now = {name: given[name] for name in RESUME_MAY_CHANGE & given.keys()}
-    run.log(header(ensemble, saved | {"overrides": saved["overrides"] | now}, bytes_from, needed_gib, disk, wandb_said))
+    run.log(
+        header(
+            ensemble, saved | {"overrides": saved["overrides"] | now}, bytes_from, needed_gib, disk, wandb_mode(config)
+        )
+    )
     if ensemble.groups > config.chains:
         idle = (ensemble.groups - config.chains) * group.size
         run.log(f"WARNING: {idle} processes have nothing to train: fewer machines, or more --processes-per-chain")
