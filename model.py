@@ -18,6 +18,7 @@ import math
 import platform
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,6 +56,13 @@ class GPTConfig:
     replay_start: int = 15  # first layer that layer replay repeats; in the decoder, the second half of the layers
     replay_end: int = 21  # one past the last layer that layer replay repeats
     replay_loops: int = 2  # how often layer replay repeats them
+    mlp: Literal["swiglu", "relu2"] = "swiglu"  # relu2: squared ReLU, of width 4C, as before record 4
+    value_embedding: Literal["projection", "table"] = "projection"  # table: looked up by token, as before record 3
+    u_net: bool = True  # skips from the first half of the layers to the second
+    head_gates: bool = True  # a gate on the output of each attention head
+    head_mixes: bool = True  # interleaved head attention
+    exclusive: bool = False  # exclusive self-attention, as in records 9 and 10
+    proj_init: Literal["normal", "zero"] = "normal"  # how every c_proj starts
 
     def __post_init__(self):
         check_model(self)
@@ -65,8 +73,13 @@ class GPTConfig:
 
     @property
     def hidden(self) -> int:
-        """Width of the SwiGLU MLP: 8/3 C, rounded up to a multiple of 256."""
-        return -(-(8 * self.n_embd // 3) // 256) * 256
+        """Width of the MLP: 4C, or for SwiGLU, which has a matrix more, 8/3 C rounded up to a multiple of 256."""
+        return 4 * self.n_embd if self.mlp == "relu2" else -(-(8 * self.n_embd // 3) // 256) * 256
+
+    @property
+    def mlp_elements(self) -> int:
+        """Elements of the MLP's matrices."""
+        return (2 if self.mlp == "relu2" else 3) * self.n_embd * self.hidden
 
     def window(self, i: int) -> int:
         """How many positions back layer i attends, besides its own."""
@@ -188,7 +201,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def attention(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, n_head: int, **settings) -> Tensor:
+def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
+    """Exclusive self-attention (arXiv 2603.09078): y loses a share of its part along the position's own value.
+
+    y, v (B, T, H, D), strength: that share, one number or (H, 1) float32 or wider -> (B, T, H, D).
+    """
+    unit = F.normalize(v, dim=-1, eps=1e-4)
+    along = (y * unit).sum(-1, keepdim=True) * unit
+    return (y - strength * along).to(y.dtype)
+
+
+def attention(w, x: Tensor, ve: Tensor | None, rotary, *, n_head: int, exclusive: bool, **settings) -> Tensor:
     """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
     B, T, C = x.shape
     q, k, v = (t.view(B, T, n_head, C // n_head) for t in F.linear(x, w["qkv"]).chunk(3, dim=-1))
@@ -196,20 +219,27 @@ def attention(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, n_h
         v = v + 2 * torch.sigmoid(F.linear(x[..., :32], w["ve_gate"])).unsqueeze(-1) * ve.view_as(v)
     q, k = norm(rotate(q, rotary)).to(v.dtype), norm(rotate(k, rotary)).to(v.dtype)
     y = attend(q, k, v, **settings)
-    y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)  # head gates (arXiv 2505.06708)
+    if exclusive:
+        y = exclude_own_value(y, v, 1.0)
+    if "attn_gate" in w:  # head gates (arXiv 2505.06708)
+        y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)
     return F.linear(y.reshape(B, T, C), w["attn_proj"])
 
 
-def swiglu(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """SwiGLU MLP (arXiv 2002.05202): (B, T, C) -> (B, T, C)."""
-    gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, w["mlp_proj"])
+def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """SwiGLU (arXiv 2002.05202), or without a gate squared ReLU (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
+    if "gate_up" in w:
+        gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
+        hidden = F.silu(gate) * up
+    else:
+        hidden = F.relu(F.linear(x, w["up"])).square()
+    return F.linear(hidden, w["mlp_proj"])
 
 
 def block(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, dropout_p: float, **settings) -> Tensor:
     """Attention and MLP, each on the normed stream and added to it: (B, T, C) -> (B, T, C)."""
     x = x + dropout(attention(w, norm(x), ve, rotary, **settings), dropout_p)
-    return x + dropout(swiglu(w, norm(x)), dropout_p)
+    return x + dropout(mlp(w, norm(x)), dropout_p)
 
 
 def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary, *, dropped: bool, **settings):
@@ -223,6 +253,11 @@ def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary
         x = x + skip_weight * skip
     x = resid_lambda * x + x0_lambda * x0
     return x if dropped else block(w, x, ve, rotary, **settings)
+
+
+def value_embedding(w: dict[str, Tensor], i: int, tokens: Tensor, x0: Tensor) -> Tensor:
+    """What is added to the values of layer i, by tokens (B, T) or their embedding x0 (B, T, C) -> (B, T, C)."""
+    return F.linear(x0, w[f"ve_proj.{i}"]) if f"ve_proj.{i}" in w else F.embedding(tokens, w[f"ve_table.{i}"])
 
 
 def mtp_layer(w: dict[str, Tensor], z: Tensor, rotary, *, dropped: bool, **settings) -> Tensor:
@@ -332,17 +367,19 @@ class Attention(nn.Module):
         super().__init__()
         C, H = config.n_embd, config.n_head
         self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
-        self.q_mix, self.k_mix, self.v_mix = (nn.Parameter(torch.empty(H, H)) for _ in range(3))
-        self.attn_gate = nn.Linear(12, H, bias=False)
+        mixes = (nn.Parameter(torch.empty(H, H)) if config.head_mixes else None for _ in range(3))
+        self.q_mix, self.k_mix, self.v_mix = mixes
+        self.attn_gate = nn.Linear(12, H, bias=False) if config.head_gates else None
         self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
 
 
 class MLP(nn.Module):
-    """Parameters of a SwiGLU MLP."""
+    """Parameters of an MLP."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate, self.c_fc = (nn.Linear(config.n_embd, config.hidden, bias=False) for _ in range(2))
+        self.c_gate = nn.Linear(config.n_embd, config.hidden, bias=False) if config.mlp == "swiglu" else None
+        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=False)
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
 
 
@@ -359,12 +396,15 @@ class Block(nn.Module):
         attn, mlp = self.attn, self.mlp
         sources = {
             "qkv": [(attn.c_q.weight, attn.q_mix), (attn.c_k.weight, attn.k_mix), (attn.c_v.weight, attn.v_mix)],
-            "attn_gate": [(attn.attn_gate.weight, None)],
             "attn_proj": [(attn.c_proj.weight, None)],
-            "gate_up": [(mlp.c_gate.weight, None), (mlp.c_fc.weight, None)],
             "mlp_proj": [(mlp.c_proj.weight, None)],
         }
-        return sources | ({"ve_gate": [(attn.ve_gate.weight, None)]} if attn.ve_gate is not None else {})
+        if mlp.c_gate is None:
+            sources["up"] = [(mlp.c_fc.weight, None)]
+        else:
+            sources["gate_up"] = [(mlp.c_gate.weight, None), (mlp.c_fc.weight, None)]
+        gates = {"attn_gate": attn.attn_gate, "ve_gate": attn.ve_gate}
+        return sources | {name: [(gate.weight, None)] for name, gate in gates.items() if gate is not None}
 
 
 def mix_heads(weight: Tensor, mix: Tensor | None) -> Tensor:
@@ -455,8 +495,13 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(C, config.padded_vocab, bias=False)
         self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.empty(L)), nn.Parameter(torch.empty(L))
-        self.skip_weights = nn.Parameter(torch.empty(L // 2))
-        self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in with_ve})
+        self.skip_weights = nn.Parameter(torch.empty(L // 2)) if config.u_net else None
+        self.ve_projs, self.ve_tables = nn.ModuleDict(), nn.ModuleDict()
+        for i in map(str, with_ve):
+            if config.value_embedding == "projection":
+                self.ve_projs[i] = nn.Linear(C, C, bias=False)
+            else:
+                self.ve_tables[i] = nn.Embedding(config.padded_vocab, C)
         if config.mtp_weight:
             self.mtp_proj = nn.Linear(2 * C, C, bias=False)
             self.mtp_block = Block(config, value_embedding=False)
@@ -469,16 +514,16 @@ class GPT(nn.Module):
         """Fill every parameter, drawing from torch's default generator for the parameters' device."""
         C = self.config.n_embd
         for name, p in self.named_parameters():
-            kind = "ve_projs" if name.startswith("ve_projs.") else name.removesuffix(".weight").split(".")[-1]
+            kind = "ve" if name.startswith(("ve_projs.", "ve_tables.")) else name.removesuffix(".weight").split(".")[-1]
             if kind == "wte":
                 p.normal_()
             elif kind == "lm_head":
                 p.normal_(std=0.001)
-            elif kind in ("c_q", "c_k", "c_v", "c_gate", "c_fc", "ve_projs", "mtp_proj"):
+            elif kind in ("c_q", "c_k", "c_v", "c_gate", "c_fc", "ve", "mtp_proj"):
                 p.uniform_(-math.sqrt(3 / C), math.sqrt(3 / C))
-            elif kind == "c_proj":
+            elif kind == "c_proj" and self.config.proj_init == "normal":
                 p.normal_(std=1 / math.sqrt(C))
-            elif kind in ("ve_gate", "attn_gate"):
+            elif kind in ("ve_gate", "attn_gate", "c_proj"):
                 p.zero_()
             elif kind in ("q_mix", "k_mix", "v_mix"):
                 p.copy_(torch.eye(p.size(0)))
@@ -494,9 +539,10 @@ class GPT(nn.Module):
 
     def sources(self) -> dict[str, dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]]:
         """What every compute weight is made of, by unit; see Block.sources."""
-        io = {name: [(getattr(self, name), None)] for name in ("resid_lambdas", "x0_lambdas", "skip_weights")}
+        io = {name: [(p, None)] for name, p in self.named_parameters(recurse=False)}
         io |= {"wte": [(self.transformer.wte.weight, None)], "lm_head": [(self.lm_head.weight, None)]}
         io |= {f"ve_proj.{i}": [(projection.weight, None)] for i, projection in self.ve_projs.items()}
+        io |= {f"ve_table.{i}": [(table.weight, None)] for i, table in self.ve_tables.items()}
         units = {"io": io} | {f"h.{i}": h.sources() for i, h in enumerate(self.transformer.h)}
         if self.config.mtp_weight:
             io["mtp_proj"] = [(self.mtp_proj.weight, None)]
@@ -519,21 +565,22 @@ class GPT(nn.Module):
         return cos[:length], sin[:length]
 
     def _settings(self, window: int) -> dict:
-        dropout_p = self.config.dropout if self.training else 0.0
-        return {"window": window, "n_head": self.config.n_head, "dropout_p": dropout_p, "backend": self.backend}
+        settings = {"window": window, "exclusive": self.config.exclusive, "backend": self.backend}
+        return settings | {"n_head": self.config.n_head, "dropout_p": self.config.dropout if self.training else 0.0}
 
     def trunk(self, w: Weights, tokens: Tensor, replay: bool = False, dropped: list[bool] | None = None) -> Tensor:
         """tokens (B, T) int64 -> final normed stream (B, T, C). dropped: a flag per layer call, see draw_dropped."""
         config, io, E = self.config, w["io"], self.config.n_layer // 2
         x = x0 = norm(F.embedding(tokens, io["wte"]))
         rotary = self.rotary(tokens.size(1))
-        resid, from_x0, skips = (io[name].unbind() for name in ("resid_lambdas", "x0_lambdas", "skip_weights"))
+        resid, from_x0 = io["resid_lambdas"].unbind(), io["x0_lambdas"].unbind()
+        skips = io["skip_weights"].unbind() if config.u_net else ()
         encoded: list[Tensor] = []
         ve: dict[int, Tensor] = {}  # value embeddings, which a replayed layer shares with its first run
         for call, i in enumerate(config.layer_order(replay)):
             if config.has_value_embedding(i) and i not in ve:
-                ve[i] = F.linear(x0, io[f"ve_proj.{i}"])
-            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if i >= E else (None, None)
+                ve[i] = value_embedding(io, i, tokens, x0)
+            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if skips and i >= E else (None, None)
             lambdas, is_dropped = (skip_weight, resid[i], from_x0[i]), dropped is not None and dropped[call]
             settings = self._settings(config.window(i))
             x = self._layer(w[f"h.{i}"], x, x0, skip, lambdas, ve.get(i), rotary, dropped=is_dropped, **settings)
@@ -582,10 +629,11 @@ class GPT(nn.Module):
 
 
 def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
-    """A model for a device, its parameters not filled yet: float32 or wider, wte of the compute dtype."""
+    """A model for a device, its parameters not filled yet: float32 or wider, embeddings of the compute dtype."""
     with torch.device("meta"):
         model = GPT(config, **kernels).to(torch.promote_types(dtype, torch.float32))
-        model.transformer.wte.to(dtype)
+        for table in (model.transformer.wte, model.ve_tables):
+            table.to(dtype)
     return model.to_empty(device=device)
 
 
@@ -641,8 +689,9 @@ def attention_error(config: GPTConfig, device: torch.device, backend: str) -> fl
 def flops_per_token(config: GPTConfig, replay: bool) -> float:
     """Floating-point operations of forward and backward per token: matrix products and attention, replays counted."""
     C, T, order = config.n_embd, config.sequence_len, config.layer_order(replay)
-    per_block = 4 * C * C + 3 * C * config.hidden  # elements of its matrices
-    weights = per_block * len(order) + C * C * sum(map(config.has_value_embedding, range(config.n_layer)))
+    per_block = 4 * C * C + config.mlp_elements  # elements of its matrices
+    projections = sum(map(config.has_value_embedding, range(config.n_layer))) * (config.value_embedding == "projection")
+    weights = per_block * len(order) + C * C * projections
     keys = sum(w - w * w / (2 * T) for w in map(config.window, order))  # that the average position attends to
     heads = 1
     if config.mtp_weight:

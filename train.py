@@ -90,12 +90,17 @@ class Config(GPTConfig):
     scalar_lr: float = 0.1  # AdamW: x0_lambdas; times 0.01, resid_lambdas and skip_weights
     mix_lr: float = 0.02  # AdamW: q_mix, k_mix, v_mix
     weight_decay: float = 1.3  # of matrices and tables, before its schedule
-    warmdown: float = 0.2  # part of the steps, at the end, over which the learning rate falls as a square root
+    row_norm: bool = True  # MuonEq-R: Muon gives the rows of a step the same norm before it is made orthogonal
+    decay_schedule: bool = True  # weight decay falls, and rises in each cycle; else it is constant
+    warmdown: float = 0.2  # part of the steps, at the end, over which the learning rate falls
+    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # how it falls, before the cycles
     swa_epochs: int = 3  # last epochs, with a cyclic learning rate (0: none)
+    readout: Literal["average", "last", "ema"] = "average"  # of the last epochs; the last weights, 0.3 of their EMA
     readout_epochs: int = 3  # last epochs, whose final weights are averaged in probability with weights 1:2:3...
     replay_from_epoch: int = 7  # first epoch with layer replay (0: never)
     meta_gradient: bool = True  # take the second half of a gradient at a point moved down the first half's
     meta_step: float = 0.5  # length of that move, before the warmdown
+    shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what is put in another order each epoch
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA where there is a GPU
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the GPU has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
@@ -122,14 +127,27 @@ class Config(GPTConfig):
         return self.meta_gradient and self.micro_steps == 1
 
     @property
+    def kept_epochs(self) -> int:
+        """Last epochs whose final weights the readout needs."""
+        return self.readout_epochs if self.readout == "average" else 1
+
+    @property
     def device_rows(self) -> int:
         """Sequences of a forward pass in training."""
         rows = self.micro_batch // (1 + self.halves_batches)
         return min(self.device_batch or rows, rows)
 
 
+def check_choices(c: Config) -> None:
+    """Refuse a setting that is none of its choices (ValueError); argparse does so too, but not for records' files."""
+    for name, hint in field_types().items():
+        choices, value = typing.get_args(hint) if typing.get_origin(hint) is Literal else (), getattr(c, name)
+        require(not choices or value in choices, f"{name} is {value!r}: it must be one of {', '.join(choices)}")
+
+
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError); those that the tracks share."""
+    check_choices(c)
     positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
     positive.append("log_every")
     for name in [*positive, "device_batch", "swa_epochs", "time_cap_min", "meta_step", "seed"]:
@@ -167,6 +185,12 @@ RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "w
 
 
 @cache
+def field_types() -> dict[str, type]:
+    """The type of each field of Config, by name."""
+    return typing.get_type_hints(Config)
+
+
+@cache
 def field_comments() -> dict[str, str]:
     """The comment behind each field of Config, by name."""
     comments = {}
@@ -175,19 +199,53 @@ def field_comments() -> dict[str, str]:
     return comments
 
 
+def records_folder() -> Path:
+    """records/<track> of the repository that this script is in; ValueError if it is elsewhere, as in a run folder."""
+    found = [folder / "records" / TRACK for folder in Path(__file__).resolve().parents[:2]]
+    there = [folder for folder in found if (folder / "records.json").exists()]
+    require(bool(there), f"{found[0]} not found: --record and --list-records need the repository's own script")
+    return there[0]
+
+
+def list_records() -> str:
+    """The track's records, a line each; a star marks those that --record trains."""
+    folder, lines = records_folder(), []
+    for entry in read_json(folder / "records.json", {"records"}, "restore it")["records"]:
+        star = "*" if any(folder.glob(f"{entry['number']:02d}-*.json")) else " "
+        minutes = f"{'~' * entry['time_is_approximate']}{entry['minutes']:g} min"
+        lines.append(f"{star}{entry['number']:3}  {entry['val_loss']:.3f}  {minutes:>10}  {entry['change']}")
+    return "\n".join(lines)
+
+
+def read_record(number: int) -> dict:
+    """What a published record sets otherwise than the defaults, from its file in records/; ValueError if none is."""
+    files = {int(path.name[:2]): path for path in sorted(records_folder().glob("[0-9][0-9]-*.json"))}
+    known = ", ".join(map(str, files)) or "none"
+    require(number in files, f"--record {number}: the {TRACK} track has settings of {known}; see --list-records")
+    settings = read_json(files[number], {"settings"}, "restore it")["settings"]
+    unknown = settings.keys() - field_types().keys()
+    require(
+        not unknown, f"{files[number]} sets {', '.join(sorted(unknown))}, which this script does not have: correct it"
+    )
+    return settings
+
+
 def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     """Command line -> (fields of Config that were given, run folder to resume or None).
 
-    Every field is a flag with its comment as help text. --demo stands for the values in DEMO, which flags override.
+    Every field is a flag with its comment as help text. --record stands for the settings of a published record, --demo
+    for the values in DEMO, but for what the record is without; flags override both.
     """
-    usage = "%(prog)s [--demo | --resume RUN_DIR] [--FLAG VALUE ...]"
+    usage = "%(prog)s [--demo] [--record N | --resume RUN_DIR] [--FLAG VALUE ...]"
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument(
         "--demo", action="store_true", help="toy size, for a CPU; before it: python prepare_data.py --source demo"
     )
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
-    for name, hint in typing.get_type_hints(Config).items():
+    parser.add_argument("--record", metavar="N", type=int, help="train published record N of this track")
+    parser.add_argument("--list-records", action="store_true", help="show the records of this track, and exit")
+    for name, hint in field_types().items():
         default, text = getattr(Config, name), field_comments()[name].replace("%", "%%")
         kind = {"type": hint, "metavar": getattr(hint, "__name__", "")}
         if hint is bool:
@@ -197,8 +255,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, help=f"{text} [{default}]", default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    demo, resume = given.pop("demo"), given.pop("resume")
-    return (DEMO | given if demo else given), resume
+    demo, resume, record = (given.pop(name) for name in ("demo", "resume", "record"))
+    if given.pop("list_records"):
+        print(list_records())
+        parser.exit()
+    require(record is None or resume is None, "--record is for a new run: --resume goes on with the run's own settings")
+    settings = {} if record is None else read_record(record)
+    toy = DEMO if demo else {}
+    if record is not None:  # what the record is without stays off
+        toy = {name: value for name, value in toy.items() if not value or settings.get(name, getattr(Config, name))}
+    return settings | toy | given, resume
 
 
 # ======================================================================================================================
@@ -317,16 +383,16 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
     The last is an estimate, from what autograd keeps of each layer, and from the logits of a chunk.
     """
     with torch.device("meta"):
-        total = sum(p.numel() for p in GPT(config).parameters())
-    C, V = config.n_embd, config.padded_vocab
+        sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
+    C, V, total = config.n_embd, config.padded_vocab, sum(sizes.values())
     positions = config.device_rows * config.sequence_len
-    tables = 2 * V * C
+    tables = 2 * V * C + sum(size for name, size in sizes.items() if name.startswith("ve_tables."))
     # float32: masters and two gradients; AdamW keeps two moments of the tables, Muon one of the rest and a moved copy
     static = 3 * total + (total + tables) / world_size + (total - tables) * config.meta_gradient
     static = 4 * static + dtype.itemsize * total
     per_layer = (13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C
     layers = len(config.layer_order(replay=config.replay_from_epoch > 0))
-    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + tables / 2 * 8  # a chunk's logits; the gradient
+    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + V * C * 8  # a chunk's logits; the gradient
     return total, static / 2**30, (static + positions * per_layer * layers + head) / 2**30
 
 
@@ -369,9 +435,9 @@ def disk_space(folder: Path) -> tuple[float, float]:
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
-    needed = config.readout_epochs * member + 3 * checkpoint
+    needed = config.kept_epochs * member + 3 * checkpoint
     there, free = disk_space(folder)
-    parts = f"the weights of {config.readout_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
+    parts = f"the weights of {config.kept_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
     parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
     said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"
     had = f", and {there:.3g} GiB of it are there" if there else ""
@@ -399,21 +465,23 @@ POLAR_EXPRESS = (  # coefficients of the five steps
 def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor).
 
-    `moved`: the meta-gradient step moves them.
+    `moved`: the meta-gradient step moves them; `row_norm`: see muon_update.
     """
     lr, decay, betas = config.lr_multiplier, config.weight_decay, (0.8, 0.95)
     mixes = [name for name in names if name.endswith("_mix")]
+    embeddings = ["transformer.wte.weight", *(name for name in names if name.startswith("ve_tables."))]
+    scalars = [name for name in ("resid_lambdas", "skip_weights") if name in names]
     table = [  # method, parameters, learning rate, weight decay, betas
         ("adamw", ["lm_head.weight"], config.head_lr * lr, decay, betas),
-        ("adamw", ["transformer.wte.weight"], config.embedding_lr * lr, decay, betas),
-        ("adamw", ["resid_lambdas", "skip_weights"], config.scalar_lr * lr * 0.01, 0.0, betas),
+        ("adamw", embeddings, config.embedding_lr * lr, decay, betas),
+        ("adamw", scalars, config.scalar_lr * lr * 0.01, 0.0, betas),
         ("adamw", ["x0_lambdas"], config.scalar_lr * lr, 0.0, (0.96, 0.95)),
         ("adamw", mixes, config.mix_lr, 0.0, betas),
     ]
     taken = {name for row in table for name in row[1]}
     table.append(("muon", [name for name in names if name not in taken], config.matrix_lr * lr, decay, ()))
     groups = [dict(zip(("kind", "params", "lr", "weight_decay", "betas"), row, strict=True)) for row in table]
-    return [group | {"moved": group["kind"] == "muon"} for group in groups]
+    return [group | {"moved": group["kind"] == "muon", "row_norm": config.row_norm} for group in groups]
 
 
 def polar_express(x: Tensor) -> Tensor:
@@ -448,10 +516,11 @@ def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
     p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
 
 
-def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
-    """A Muon step, in place: see orthogonal_step. Row norms before it: MuonEq-R (arXiv 2603.28254)."""
+def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
+    """A Muon step, in place: see orthogonal_step. row_norm: rows of norm 1 before it, MuonEq-R (arXiv 2603.28254)."""
     u = nesterov(grad, momentum, mu)
-    u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    if row_norm:
+        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     orthogonal_step(p, u, second, lr, weight_decay, dtype)
 
 
@@ -557,7 +626,7 @@ class MuonAdamW:
                 sums[i].wait()
             own, rates = bucket.values[bucket.own], (bucket.lr * lr, bucket.group["weight_decay"] * decay)
             if bucket.kind == "muon":
-                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype)
+                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype, bucket.group["row_norm"])
             else:
                 adamw_update(own, parts[i], *bucket.moments, *rates, *bucket.group["betas"], step)
             if sums:
@@ -599,17 +668,27 @@ class MuonAdamW:
 
 
 def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype, compile: bool) -> MuonAdamW:
-    """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it."""
+    """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it.
+
+    Where a readout needs it, each process keeps its part of a moving average of the weights beside the state.
+    """
     groups = optimizer_groups(config, [name for name, _ in model.named_parameters()])
     in_bfloat16 = world.cuda and dtype == torch.bfloat16
-    return MuonAdamW(model, groups, world, dtype if in_bfloat16 else torch.promote_types(dtype, torch.float32), compile)
+    wide = torch.promote_types(dtype, torch.float32)
+    optimizer = MuonAdamW(model, groups, world, dtype if in_bfloat16 else wide, compile)
+    for bucket in optimizer.buckets if config.readout == "ema" else ():
+        bucket.state["average"] = torch.zeros_like(bucket.grads[bucket.own])
+    return optimizer
 
 
 @torch.no_grad()
 def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
-    """The end of an optimizer step."""
-    values = schedule(plan, step)
+    """The end of an optimizer step: the weights change and, if it is their turn, enter their moving average."""
+    values, share = schedule(plan, step), average_share(plan, step)
     optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
+    for bucket in optimizer.buckets if share else ():
+        average = bucket.state["average"]
+        average.lerp_(bucket.values[bucket.own].to(average.dtype), share)
 
 
 @torch.no_grad()
@@ -649,9 +728,10 @@ def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, et
 
 
 def warmdown(config: Config, step: int, num_steps: int) -> float:
-    """1, then falling to 0 as a square root over the last part of the run."""
+    """1, then falling to 0 over the last part of the run, linearly or as a square root."""
     length = round(config.warmdown * num_steps)
-    return 1.0 if step < num_steps - length else math.sqrt((num_steps - step) / length)
+    left = 1.0 if step < num_steps - length else (num_steps - step) / length
+    return left if config.warmdown_shape == "linear" else math.sqrt(left)
 
 
 def swa_cycle(config: Config, step: int, num_steps: int) -> float | None:
@@ -670,10 +750,22 @@ def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
     """1 for 40% of the steps, then linear to 0.65 where the cycles begin; in each cycle linear from 0.65 to 1.5."""
     cycle = swa_cycle(config, step, num_steps)
+    if not config.decay_schedule:
+        return 1.0
     if cycle is not None:
         return 0.65 + (1.5 - 0.65) * cycle
     hold, end = 0.4 * num_steps, num_steps * (1 - config.swa_epochs / config.num_epochs)
     return 1.0 - (1.0 - 0.65) * (step - hold) / (end - hold) if step > hold else 1.0
+
+
+def average_share(plan: Plan, step: int) -> float:
+    """Share that the weights after a step take in their moving average, 0 if it is not their turn.
+
+    It begins as a copy of them after 90% of the steps, and then takes 5% every 10 steps.
+    """
+    since = step + 1 - round(0.9 * plan.num_steps)
+    its_turn = plan.config.readout == "ema" and since >= 0 and since % 10 == 0
+    return (0.05 if since else 1.0) if its_turn else 0.0
 
 
 def muon_momentum(step: int) -> float:
@@ -863,7 +955,7 @@ class TrainLoader:
 
     Each epoch permutes the documents, from their order in the epoch before (at first, in the file). They are cut into
     sequences of T + 1 tokens, which are permuted in turn; see shuffle_seeds. A thread makes an epoch (2 bytes a token)
-    while the one before is trained on.
+    while the one before is trained on. Other values of `shuffle` are those of earlier records; see fixed_sequences.
     """
 
     def __init__(self, shard: Shard, plan: Plan, virtual_ranks: range):
@@ -875,6 +967,8 @@ class TrainLoader:
     def make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Runs in the thread -> sequences (n, T + 1) uint16 and the order (n,) in which the epoch takes them."""
         tokens, starts, config = self.shard.tokens, self.shard.doc_starts, self.plan.config
+        if config.shuffle != "documents":
+            return self.fixed_sequences(epoch)
         while self.order_epoch < epoch:
             self.order_epoch += 1
             seed, _ = shuffle_seeds(config, self.order_epoch)
@@ -892,6 +986,23 @@ class TrainLoader:
         sequences = self.shard.sequences(config.sequence_len + 1, tokens)
         generator = torch.Generator().manual_seed(shuffle_seeds(config, epoch)[1])
         return sequences, torch.randperm(len(sequences), generator=generator).numpy()
+
+    def fixed_sequences(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """As make_epoch: sequences as in the file, permuted once, as in validation.
+
+        shuffle "micro_steps": each epoch permutes its micro-steps, of all virtual ranks, from their order before.
+        """
+        size, sequences = (
+            VIRTUAL_RANKS * self.plan.config.micro_batch,
+            self.shard.sequences(self.plan.config.sequence_len + 1),
+        )
+        order = np.random.RandomState(self.shard.seq_shuffle_seed).permutation(len(sequences))
+        order = order[: len(order) // size * size].reshape(-1, size)
+        seeds = (shuffle_seeds(self.plan.config, number)[0] for number in range(1, epoch + 1))
+        for seed in seeds if self.plan.config.shuffle == "micro_steps" else ():
+            if seed is not None:
+                order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).numpy()]
+        return sequences, order.ravel()
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch, from 1; starts making the next."""
@@ -1553,13 +1664,16 @@ class Trainer:
         """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
         epoch = self.plan.epochs_done(self.step) + (not complete)
         self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
-        if epoch > self.config.num_epochs - self.config.readout_epochs or self.stopped_by == "time_cap":
-            file = f"epoch_{epoch:02d}.safetensors"
-            self.members.append({"file": file, "epoch": epoch, "step": self.step})
-            if self.world.main:
-                tensors = self.unsaved[file] = {}
-                for name, p in self.model.named_parameters():
-                    tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
+        if epoch > self.config.num_epochs - self.config.kept_epochs or self.stopped_by == "time_cap":
+            self.keep_member(f"epoch_{epoch:02d}.safetensors", epoch)
+
+    def keep_member(self, file: str, epoch: int) -> None:
+        """Keep the weights as they are for the readout; save_members writes them to the disk."""
+        self.members.append({"file": file, "epoch": epoch, "step": self.step})
+        if self.world.main:
+            tensors = self.unsaved[file] = {}
+            for name, p in self.model.named_parameters():
+                tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
 
     def validate(self, name: str) -> None:
         """Score the model as it was trained in the epoch just finished."""
@@ -1709,13 +1823,26 @@ def use_average(trainer: Trainer) -> None:
     trainer.weights.refresh()
 
 
+def blend_with_average(trainer: Trainer) -> None:
+    """Make 0.7 of the last weights and 0.3 of their moving average the newest member, the only one that is read out."""
+    if trainer.step < round(0.9 * trainer.plan.num_steps):
+        return trainer.run.log("stopped before the moving average of the weights began: the last weights are read out")
+    for bucket in trainer.optimizer.buckets:
+        average = bucket.whole(bucket.state["average"])
+        bucket.values.copy_(bucket.values.to(average.dtype).lerp(average, 0.3))
+    trainer.keep_member("blend.safetensors", trainer.plan.epochs_done(trainer.step))
+    return None
+
+
 def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
 
-    None if a signal comes. It averages the probabilities that the members give to each target. Recorded beside it:
-    the same with equal weights, and the loss of the members' average weights.
+    None if a signal comes. It averages the probabilities that the members give to each target. Recorded beside it,
+    if there are several: the same with equal weights, and the loss of the members' average weights.
     """
-    members, eval_sets = trainer.members[-trainer.config.readout_epochs :], trainer.eval_sets
+    if trainer.config.readout == "ema":
+        blend_with_average(trainer)
+    members, eval_sets = trainer.members[-trainer.config.kept_epochs :], trainer.eval_sets
     weights = recency_weights(members)
     how, nats = stage(trainer.plan, trainer.step - 1), {name: [] for name in eval_sets}
     losses = partial(trainer.token_losses, **how)
@@ -1728,12 +1855,16 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
         add_to_average(trainer, weight)
         member["weight"] = weight
     scores = {name: eval_set.score(mix(nats[name], weights)) for name, eval_set in eval_sets.items()}
+    final = {"mixing": MIXING, "stage": how, "members": members}
+    if len(members) == 1:
+        trainer.readouts["last_blended" if members[0]["file"] == "blend.safetensors" else "last"] = scores["val"].loss
+        return scores["val"], scores.get("holdout"), final
     trainer.readouts["probability_average"] = scores["val"].loss
     equal = mix(nats["val"], [1.0] * len(members))
     trainer.readouts["probability_average_equal_weights"] = eval_sets["val"].score(equal).loss
     use_average(trainer)
     trainer.readouts["weight_average"] = eval_sets["val"].score(eval_sets["val"].nats(losses)).loss
-    return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": members}
+    return scores["val"], scores.get("holdout"), final
 
 
 def save_final(trainer: Trainer, final: dict) -> str:

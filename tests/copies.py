@@ -32,7 +32,7 @@ SECTIONS = ["Config", "Distributed", "Model", "Optimizer", "Schedules", "Data", 
 
 SHARED = {  # never adapted: each script must have a copy of each
     "distributed": ["World", "set_up_world"],
-    "command line": ["check_config", "field_comments", "main", "parse_arguments", "set_up"],
+    "command line": ["check_config", "field_comments", "main", "parse_arguments", "read_record", "set_up"],
     "data order": [
         "OFFICIAL_SHA256",
         "Plan",

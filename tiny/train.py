@@ -79,6 +79,13 @@ class GPTConfig:
     logit_cap: float = 15.0  # soft cap of the logits, cap * tanh(logits / cap)
     dropout: float = 0.1  # on the output of attention
     passes: int = 2  # passes through the whole stack late in training, and in the readout (1: no recurrence)
+    mlp: Literal["swiglu", "relu2"] = "swiglu"  # relu2: squared ReLU, of width 4C, as before record 2
+    u_net: bool = True  # skips from the first half of the layers to the second
+    head_gates: bool = True  # a gate on the output of each attention head
+    half_rotary: bool = True  # half of the planes of queries and keys do not rotate
+    key_offset: bool = True  # half of a key is that of the position before, in layers that see all
+    resid_init: float = 1.1  # residual scales at the start
+    xsa_layers: int = -1  # first layers that have exclusive self-attention (-1: all, 0: none)
 
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd", "passes")}
@@ -95,6 +102,9 @@ class GPTConfig:
         require(letters and letters <= set("SL"), f"window_pattern {self.window_pattern!r} must be of letters S and L")
         require(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
         require(self.logit_cap > 0, "logit_cap must be positive")
+        require(
+            -1 <= self.xsa_layers <= self.n_layer, f"--xsa-layers {self.xsa_layers} is not in -1 ... {self.n_layer}"
+        )
 
     # Copied from model.py: GPTConfig.padded_vocab
     @property
@@ -104,8 +114,14 @@ class GPTConfig:
     # Copied from model.py: GPTConfig.hidden
     @property
     def hidden(self) -> int:
-        """Width of the SwiGLU MLP: 8/3 C, rounded up to a multiple of 256."""
-        return -(-(8 * self.n_embd // 3) // 256) * 256
+        """Width of the MLP: 4C, or for SwiGLU, which has a matrix more, 8/3 C rounded up to a multiple of 256."""
+        return 4 * self.n_embd if self.mlp == "relu2" else -(-(8 * self.n_embd // 3) // 256) * 256
+
+    # Copied from model.py: GPTConfig.mlp_elements
+    @property
+    def mlp_elements(self) -> int:
+        """Elements of the MLP's matrices."""
+        return (2 if self.mlp == "relu2" else 3) * self.n_embd * self.hidden
 
     # Copied from model.py: GPTConfig.window
     def window(self, i: int) -> int:
@@ -143,8 +159,11 @@ class Config(GPTConfig):
     decay_low: int = 8  # epochs after which the weight decay has fallen to its lowest
     decay_low_value: float = 0.1  # weight decay after decay_low epochs
     decay_end_value: float = 0.93  # weight decay at the end of training
-    warmdown: float = 0.4  # part of the steps, at the end, over which the learning rate falls linearly
+    decay_schedule: bool = True  # weight decay by the four settings above; else it is constant
+    warmdown: float = 0.4  # part of the steps, at the end, over which the learning rate falls
+    warmdown_shape: Literal["sqrt", "linear"] = "linear"  # how it falls, before the cycles
     swa_epochs: int = 4  # last epochs, with a cyclic learning rate (0: none)
+    readout: Literal["average", "last", "ema"] = "average"  # of the last epochs' weights; the last; moving average
     readout_epochs: int = 4  # last epochs, whose final weights are averaged with weights 1:2:3...
     ema_every: int = 10  # steps between updates of the exponential moving average of the weights
     ema_decay: float = 0.15  # what an epoch leaves of the average before it
@@ -154,6 +173,7 @@ class Config(GPTConfig):
     mtp_until: float = 0.66  # part of the steps after which mtp_weight_1 is 0; mtp_weight_2 is after half of it
     meta_gradient: bool = True  # take the second half of a gradient at a point moved down the first half's
     meta_step: float = 0.5  # length of that move
+    shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what is put in another order each epoch
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA where there is a GPU
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the GPU has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
@@ -192,6 +212,12 @@ class Config(GPTConfig):
         """Whether the meta-gradient halves the sequences of a micro-step, as there is only one."""
         return self.meta_gradient and self.micro_steps == 1
 
+    # Copied from train.py: Config.kept_epochs
+    @property
+    def kept_epochs(self) -> int:
+        """Last epochs whose final weights the readout needs."""
+        return self.readout_epochs if self.readout == "average" else 1
+
     # Copied from train.py: Config.device_rows
     @property
     def device_rows(self) -> int:
@@ -200,9 +226,18 @@ class Config(GPTConfig):
         return min(self.device_batch or rows, rows)
 
 
+# Copied from train.py: check_choices
+def check_choices(c: Config) -> None:
+    """Refuse a setting that is none of its choices (ValueError); argparse does so too, but not for records' files."""
+    for name, hint in field_types().items():
+        choices, value = typing.get_args(hint) if typing.get_origin(hint) is Literal else (), getattr(c, name)
+        require(not choices or value in choices, f"{name} is {value!r}: it must be one of {', '.join(choices)}")
+
+
 # Copied from train.py: check_config
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError); those that the tracks share."""
+    check_choices(c)
     positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
     positive.append("log_every")
     for name in [*positive, "device_batch", "swa_epochs", "time_cap_min", "meta_step", "seed"]:
@@ -241,6 +276,13 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in less 
 RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
 
 
+# Copied from train.py: field_types
+@cache
+def field_types() -> dict[str, type]:
+    """The type of each field of Config, by name."""
+    return typing.get_type_hints(Config)
+
+
 # Copied from train.py: field_comments
 @cache
 def field_comments() -> dict[str, str]:
@@ -251,20 +293,57 @@ def field_comments() -> dict[str, str]:
     return comments
 
 
+# Copied from train.py: records_folder
+def records_folder() -> Path:
+    """records/<track> of the repository that this script is in; ValueError if it is elsewhere, as in a run folder."""
+    found = [folder / "records" / TRACK for folder in Path(__file__).resolve().parents[:2]]
+    there = [folder for folder in found if (folder / "records.json").exists()]
+    require(bool(there), f"{found[0]} not found: --record and --list-records need the repository's own script")
+    return there[0]
+
+
+# Copied from train.py: list_records
+def list_records() -> str:
+    """The track's records, a line each; a star marks those that --record trains."""
+    folder, lines = records_folder(), []
+    for entry in read_json(folder / "records.json", {"records"}, "restore it")["records"]:
+        star = "*" if any(folder.glob(f"{entry['number']:02d}-*.json")) else " "
+        minutes = f"{'~' * entry['time_is_approximate']}{entry['minutes']:g} min"
+        lines.append(f"{star}{entry['number']:3}  {entry['val_loss']:.3f}  {minutes:>10}  {entry['change']}")
+    return "\n".join(lines)
+
+
+# Copied from train.py: read_record
+def read_record(number: int) -> dict:
+    """What a published record sets otherwise than the defaults, from its file in records/; ValueError if none is."""
+    files = {int(path.name[:2]): path for path in sorted(records_folder().glob("[0-9][0-9]-*.json"))}
+    known = ", ".join(map(str, files)) or "none"
+    require(number in files, f"--record {number}: the {TRACK} track has settings of {known}; see --list-records")
+    settings = read_json(files[number], {"settings"}, "restore it")["settings"]
+    unknown = settings.keys() - field_types().keys()
+    require(
+        not unknown, f"{files[number]} sets {', '.join(sorted(unknown))}, which this script does not have: correct it"
+    )
+    return settings
+
+
 # Copied from train.py: parse_arguments
 def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     """Command line -> (fields of Config that were given, run folder to resume or None).
 
-    Every field is a flag with its comment as help text. --demo stands for the values in DEMO, which flags override.
+    Every field is a flag with its comment as help text. --record stands for the settings of a published record, --demo
+    for the values in DEMO, but for what the record is without; flags override both.
     """
-    usage = "%(prog)s [--demo | --resume RUN_DIR] [--FLAG VALUE ...]"
+    usage = "%(prog)s [--demo] [--record N | --resume RUN_DIR] [--FLAG VALUE ...]"
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument(
         "--demo", action="store_true", help="toy size, for a CPU; before it: python prepare_data.py --source demo"
     )
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
-    for name, hint in typing.get_type_hints(Config).items():
+    parser.add_argument("--record", metavar="N", type=int, help="train published record N of this track")
+    parser.add_argument("--list-records", action="store_true", help="show the records of this track, and exit")
+    for name, hint in field_types().items():
         default, text = getattr(Config, name), field_comments()[name].replace("%", "%%")
         kind = {"type": hint, "metavar": getattr(hint, "__name__", "")}
         if hint is bool:
@@ -274,8 +353,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, help=f"{text} [{default}]", default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    demo, resume = given.pop("demo"), given.pop("resume")
-    return (DEMO | given if demo else given), resume
+    demo, resume, record = (given.pop(name) for name in ("demo", "resume", "record"))
+    if given.pop("list_records"):
+        print(list_records())
+        parser.exit()
+    require(record is None or resume is None, "--record is for a new run: --resume goes on with the run's own settings")
+    settings = {} if record is None else read_record(record)
+    toy = DEMO if demo else {}
+    if record is not None:  # what the record is without stays off
+        toy = {name: value for name, value in toy.items() if not value or settings.get(name, getattr(Config, name))}
+    return settings | toy | given, resume
 
 
 # ======================================================================================================================
@@ -412,16 +499,15 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return _dropout(x, p)[0] if p else x
 
 
-# Adapted from model.py: rotary_tables -- half of the planes do not rotate
-def rotary_tables(length: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin of the half-truncated rotary embedding -> 2 x (length, 1, D / 2), float32 or wider.
+# Adapted from model.py: rotary_tables -- half of the planes may not rotate
+def rotary_tables(length: int, head_dim: int, half: bool, device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin of the rotary embedding, base 10000 (arXiv 2104.09864) -> 2 x (length, 1, D / 2), float32 or wider.
 
-    Of the D / 2 planes the first half rotate, as in a rotary embedding of width D / 2 with base 10000 (arXiv
-    2104.09864), and the others do not.
+    half: of the D / 2 planes the first half rotate, as in a rotary embedding of width D / 2, and the others do not.
     """
     dtype = torch.promote_types(dtype, torch.float32)
-    width = head_dim // 2
-    frequencies = torch.zeros(width, device=device, dtype=dtype)
+    width = head_dim // 2 if half else head_dim
+    frequencies = torch.zeros(head_dim // 2, device=device, dtype=dtype)
     frequencies[: width // 2] = 10000.0 ** -(torch.arange(0, width, 2, device=device, dtype=dtype) / width)
     angles = torch.arange(length, device=device, dtype=dtype)[:, None, None] * frequencies
     return angles.cos(), angles.sin()
@@ -471,19 +557,23 @@ def offset_keys(k: Tensor) -> Tensor:
     return torch.cat([still, torch.cat([moved[:, :1], moved[:, :-1]], dim=1)], dim=-1)
 
 
-def exclude_own_value(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
-    """Exclusive self-attention (arXiv 2603.09078): y loses tanh(alpha) of its part along the position's own value.
+# Copied from model.py: exclude_own_value
+def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
+    """Exclusive self-attention (arXiv 2603.09078): y loses a share of its part along the position's own value.
 
-    y, v (B, T, H, D), alpha (H,) float32 or wider -> (B, T, H, D).
+    y, v (B, T, H, D), strength: that share, one number or (H, 1) float32 or wider -> (B, T, H, D).
     """
     unit = F.normalize(v, dim=-1, eps=1e-4)
     along = (y * unit).sum(-1, keepdim=True) * unit
-    return (y - torch.tanh(alpha)[:, None] * along).to(y.dtype)
+    return (y - strength * along).to(y.dtype)
 
 
 # Adapted from model.py: attention -- key offset and exclusive attention
-def attention(w, x: Tensor, ve: Tensor | None, alpha: Tensor, rotary, *, offset: bool, window, n_head, backend):
-    """x (B, T, C), value embedding ve (B, T, C) or None, alpha (H,) -> (B, T, C). offset: whether keys have it."""
+def attention(w, x: Tensor, ve: Tensor | None, alpha, rotary, *, offset: bool, window: int, n_head: int, backend: str):
+    """x (B, T, C), value embedding ve (B, T, C) or None, alpha (H,) or None -> (B, T, C).
+
+    alpha: its tanh is the strength of exclusive attention. offset: whether keys have it.
+    """
     B, T, C = x.shape
     q, k, v = (t.view(B, T, n_head, C // n_head) for t in F.linear(x, w["qkv"]).chunk(3, dim=-1))
     if ve is not None:  # value residual (arXiv 2410.17897) with a gate per head, at first 2 * sigmoid(0) = 1
@@ -491,16 +581,23 @@ def attention(w, x: Tensor, ve: Tensor | None, alpha: Tensor, rotary, *, offset:
     q, k = norm(rotate(q, rotary)).to(v.dtype), norm(rotate(k, rotary)).to(v.dtype)
     if offset:
         k = offset_keys(k)
-    y = exclude_own_value(attend(q, k, v, window, backend), v, alpha)
-    y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)  # head gates (arXiv 2505.06708)
+    y = attend(q, k, v, window, backend)
+    if alpha is not None:
+        y = exclude_own_value(y, v, torch.tanh(alpha)[:, None])
+    if "attn_gate" in w:  # head gates (arXiv 2505.06708)
+        y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)
     return F.linear(y.reshape(B, T, C), w["attn_proj"])
 
 
-# Copied from model.py: swiglu
-def swiglu(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """SwiGLU MLP (arXiv 2002.05202): (B, T, C) -> (B, T, C)."""
-    gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, w["mlp_proj"])
+# Copied from model.py: mlp
+def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """SwiGLU (arXiv 2002.05202), or without a gate squared ReLU (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
+    if "gate_up" in w:
+        gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
+        hidden = F.silu(gate) * up
+    else:
+        hidden = F.relu(F.linear(x, w["up"])).square()
+    return F.linear(hidden, w["mlp_proj"])
 
 
 # Adapted from model.py: layer -- dropout on attention only, no stochastic depth
@@ -515,7 +612,7 @@ def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, alpha,
         x = x + skip_weight * skip
     x = resid_lambda * x + x0_lambda * x0
     x = x + dropout(attention(w, norm(x), ve, alpha, rotary, **settings), dropout_p)
-    return x + swiglu(w, norm(x))
+    return x + mlp(w, norm(x))
 
 
 # -------------------------------------------------------------------------------------------------------- head and loss
@@ -642,17 +739,18 @@ class Attention(nn.Module):
         super().__init__()
         C, H = config.n_embd, config.n_head
         self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
-        self.attn_gate = nn.Linear(12, H, bias=False)
+        self.attn_gate = nn.Linear(12, H, bias=False) if config.head_gates else None
         self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
 
 
 # Copied from model.py: MLP
 class MLP(nn.Module):
-    """Parameters of a SwiGLU MLP."""
+    """Parameters of an MLP."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate, self.c_fc = (nn.Linear(config.n_embd, config.hidden, bias=False) for _ in range(2))
+        self.c_gate = nn.Linear(config.n_embd, config.hidden, bias=False) if config.mlp == "swiglu" else None
+        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=False)
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
 
 
@@ -670,12 +768,15 @@ class Block(nn.Module):
         attn, mlp = self.attn, self.mlp
         sources = {
             "qkv": [attn.c_q.weight, attn.c_k.weight, attn.c_v.weight],
-            "attn_gate": [attn.attn_gate.weight],
             "attn_proj": [attn.c_proj.weight],
-            "gate_up": [mlp.c_gate.weight, mlp.c_fc.weight],
             "mlp_proj": [mlp.c_proj.weight],
         }
-        return sources | ({"ve_gate": [attn.ve_gate.weight]} if attn.ve_gate is not None else {})
+        if mlp.c_gate is None:
+            sources["up"] = [mlp.c_fc.weight]
+        else:
+            sources["gate_up"] = [mlp.c_gate.weight, mlp.c_fc.weight]
+        gates = {"attn_gate": attn.attn_gate, "ve_gate": attn.ve_gate}
+        return sources | {name: [gate.weight] for name, gate in gates.items() if gate is not None}
 
 
 class Head(nn.Module):
@@ -764,8 +865,9 @@ class GPT(nn.Module):
         )
         self.lm_head = Head(config)
         self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.empty(L)), nn.Parameter(torch.empty(L))
-        self.skip_weights = nn.Parameter(torch.empty(L // 2))
-        self.xsa_alphas = nn.Parameter(torch.empty(L, config.n_head))
+        self.skip_weights = nn.Parameter(torch.empty(L // 2)) if config.u_net else None
+        exclusive = L if config.xsa_layers < 0 else config.xsa_layers
+        self.xsa_alphas = nn.Parameter(torch.empty(exclusive, config.n_head)) if exclusive else None
         self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in with_ve})
         self._layer, self._cross_entropy, self._head_chunk = layer, cross_entropy, head_chunk
         self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -785,7 +887,7 @@ class GPT(nn.Module):
             elif kind in ("c_proj", "ve_gate", "attn_gate", "xsa_alphas"):
                 p.zero_()
             else:
-                p.fill_({"resid_lambdas": 1.1, "x0_lambdas": 0.1, "skip_weights": 1.0}[kind])
+                p.fill_({"resid_lambdas": self.config.resid_init, "x0_lambdas": 0.1, "skip_weights": 1.0}[kind])
 
     def compile_layers(self) -> None:
         """Compile per layer: layers of a kind share one graph, and gradients become available during backward."""
@@ -795,7 +897,7 @@ class GPT(nn.Module):
 
     def sources(self) -> dict[str, dict[str, list[nn.Parameter]]]:
         """What every compute weight is made of, by unit; see Block.sources."""
-        io = {name: [getattr(self, name)] for name in self.scalars}
+        io = {name: [p] for name, p in self.named_parameters(recurse=False)}
         io |= {"wte": [self.transformer.wte.weight], "lm_head": [self.lm_head.weight]}
         io |= {f"ve_proj.{i}": [projection.weight] for i, projection in self.ve_projs.items()}
         return {"io": io} | {f"h.{i}": h.sources() for i, h in enumerate(self.transformer.h)}
@@ -807,32 +909,32 @@ class GPT(nn.Module):
             for unit, weights in self.sources().items()
         }
 
-    # Copied from model.py: GPT.rotary
+    # Adapted from model.py: GPT.rotary -- half of the planes may not rotate
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """The tables for `length` positions, made once per device and dtype."""
         where, config = (self.x0_lambdas.device, self.x0_lambdas.dtype), self.config
         if where not in self._rotary:
-            self._rotary[where] = rotary_tables(config.sequence_len, config.n_embd // config.n_head, *where)
+            head_dim = config.n_embd // config.n_head
+            self._rotary[where] = rotary_tables(config.sequence_len, head_dim, config.half_rotary, *where)
         cos, sin = self._rotary[where]
         return cos[:length], sin[:length]
 
-    # Copied from model.py: GPT._settings
+    # Adapted from model.py: GPT._settings -- key offset in layers that see all
     def _settings(self, window: int) -> dict:
-        dropout_p = self.config.dropout if self.training else 0.0
-        return {"window": window, "n_head": self.config.n_head, "dropout_p": dropout_p, "backend": self.backend}
+        offset = self.config.key_offset and window == self.config.sequence_len
+        settings = {"window": window, "offset": offset, "backend": self.backend}
+        return settings | {"n_head": self.config.n_head, "dropout_p": self.config.dropout if self.training else 0.0}
 
     def stack(self, w: Weights, x: Tensor, x0: Tensor, ve: dict[int, Tensor], rotary) -> Tensor:
         """One pass through all layers, a U-Net of encoder and decoder: x (B, T, C) -> (B, T, C), normed."""
         config, io, E = self.config, w["io"], self.config.n_layer // 2
-        resid, from_x0, skips, alphas = (
-            io[name].unbind() for name in ("resid_lambdas", "x0_lambdas", "skip_weights", "xsa_alphas")
-        )
+        resid, from_x0, skips, alphas = (io[name].unbind() if name in io else () for name in self.scalars)
         encoded: list[Tensor] = []
         for i in range(config.n_layer):
-            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if i >= E else (None, None)
-            lambdas, window = (skip_weight, resid[i], from_x0[i]), config.window(i)
-            settings = self._settings(window) | {"offset": window == config.sequence_len}  # in layers that see all
-            x = self._layer(w[f"h.{i}"], x, x0, skip, lambdas, ve.get(i), alphas[i], rotary, **settings)
+            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if skips and i >= E else (None, None)
+            lambdas, alpha = (skip_weight, resid[i], from_x0[i]), alphas[i] if i < len(alphas) else None
+            settings = self._settings(config.window(i))
+            x = self._layer(w[f"h.{i}"], x, x0, skip, lambdas, ve.get(i), alpha, rotary, **settings)
             if i < E:
                 encoded.append(x)
         return norm(x)
@@ -1020,7 +1122,7 @@ def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
 def flops_per_token(config: GPTConfig, passes: int) -> float:
     """Floating-point operations of forward and backward per token: matrix products and attention of all passes."""
     C, T, L = config.n_embd, config.sequence_len, config.n_layer
-    stack = L * (4 * C * C + 3 * C * config.hidden)  # elements of its matrices
+    stack = L * (4 * C * C + config.mlp_elements)  # elements of its matrices
     once = C * C * sum(map(config.has_value_embedding, range(L))) + C * config.padded_vocab
     keys = sum(w - w * w / (2 * T) for w in map(config.window, range(L)))  # that the average position attends to
     return (6 + 2 * (passes - 1)) * (stack + 2 * C * keys) + 6 * once
@@ -1036,7 +1138,7 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
         total = sum(p.numel() for p in GPT(config).parameters())
     C, V = config.n_embd, config.padded_vocab
     positions = config.device_rows * config.sequence_len
-    tables, moved = 2 * V * C, 3 * C * config.hidden * config.n_layer
+    tables, moved = 2 * V * C, config.mlp_elements * config.n_layer
     # float32: masters but those of the tables, two gradients; two moments of the tables, one of the rest, an average of
     # the weights; a moved copy of the MLPs' matrices
     static = 4 * (total - tables + 2 * total + (2 * total + tables) / world_size + moved * config.meta_gradient)
@@ -1089,9 +1191,9 @@ def disk_space(folder: Path) -> tuple[float, float]:
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
-    needed = config.readout_epochs * member + 3 * checkpoint
+    needed = config.kept_epochs * member + 3 * checkpoint
     there, free = disk_space(folder)
-    parts = f"the weights of {config.readout_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
+    parts = f"the weights of {config.kept_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
     parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
     said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"
     had = f", and {there:.3g} GiB of it are there" if there else ""
@@ -1131,15 +1233,23 @@ def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     table = [  # method, parameters, learning rate, weight decay, betas, moved
         ("adamw", ["lm_head.weight"], config.head_lr * lr, decay, betas, False),
         ("adamw", ["transformer.wte.weight"], config.embedding_lr * lr, decay, betas, False),
-        ("adamw", ["resid_lambdas", "skip_weights"], scalar_lr * 0.01, 0.0, betas, False),
+        (
+            "adamw",
+            [name for name in ("resid_lambdas", "skip_weights") if name in names],
+            scalar_lr * 0.01,
+            0.0,
+            betas,
+            False,
+        ),
         ("adamw", ["x0_lambdas"], scalar_lr, 0.0, (0.96, 0.95), False),
         ("adamw", gates, scalar_lr, 0.0, (0.9, 0.99), False),
-        ("adamw", ["xsa_alphas"], scalar_lr, 0.0, (0.9, 0.95), False),
+        ("adamw", [name for name in names if name == "xsa_alphas"], scalar_lr, 0.0, (0.9, 0.95), False),
         ("muon", mlp, config.matrix_lr * lr, decay, (), True),
     ]
     taken = {name for row in table for name in row[1]}
     table.append(("muon", [name for name in names if name not in taken], config.matrix_lr * lr, decay, (), False))
-    return [dict(zip(("kind", "params", "lr", "weight_decay", "betas", "moved"), row, strict=True)) for row in table]
+    keys = ("kind", "params", "lr", "weight_decay", "betas", "moved")
+    return [dict(zip(keys, row, strict=True)) | {"row_norm": False} for row in table]
 
 
 # Copied from train.py: polar_express
@@ -1177,10 +1287,13 @@ def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
     p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
 
 
-# Adapted from train.py: muon_update -- without the row normalisation
-def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
-    """A Muon step, in place: see orthogonal_step."""
-    orthogonal_step(p, nesterov(grad, momentum, mu), second, lr, weight_decay, dtype)
+# Copied from train.py: muon_update
+def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
+    """A Muon step, in place: see orthogonal_step. row_norm: rows of norm 1 before it, MuonEq-R (arXiv 2603.28254)."""
+    u = nesterov(grad, momentum, mu)
+    if row_norm:
+        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    orthogonal_step(p, u, second, lr, weight_decay, dtype)
 
 
 # Copied from train.py: adamw_update
@@ -1288,7 +1401,7 @@ class MuonAdamW:
                 sums[i].wait()
             own, rates = bucket.values[bucket.own], (bucket.lr * lr, bucket.group["weight_decay"] * decay)
             if bucket.kind == "muon":
-                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype)
+                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype, bucket.group["row_norm"])
             else:
                 adamw_update(own, parts[i], *bucket.moments, *rates, *bucket.group["betas"], step)
             if sums:
@@ -1344,16 +1457,15 @@ def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype
     return optimizer
 
 
-# Adapted from train.py: update_weights -- an exponential moving average
+# Copied from train.py: update_weights
 @torch.no_grad()
 def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
-    """The end of an optimizer step; every ema_every steps the weights enter their exponential moving average."""
-    values = schedule(plan, step)
+    """The end of an optimizer step: the weights change and, if it is their turn, enter their moving average."""
+    values, share = schedule(plan, step), average_share(plan, step)
     optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
-    if step % plan.config.ema_every == 0:
-        for bucket in optimizer.buckets:
-            average = bucket.state["average"]
-            average.lerp_(bucket.values[bucket.own].to(average.dtype), 1 - ema_beta(plan))
+    for bucket in optimizer.buckets if share else ():
+        average = bucket.state["average"]
+        average.lerp_(bucket.values[bucket.own].to(average.dtype), share)
 
 
 # Copied from train.py: add_gradient
@@ -1393,11 +1505,12 @@ def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, et
 # ======================================================================================================================
 
 
-# Adapted from train.py: warmdown -- linear
+# Copied from train.py: warmdown
 def warmdown(config: Config, step: int, num_steps: int) -> float:
-    """1, then falling linearly to 0 over the last part of the run."""
+    """1, then falling to 0 over the last part of the run, linearly or as a square root."""
     length = round(config.warmdown * num_steps)
-    return 1.0 if step < num_steps - length else (num_steps - step) / length
+    left = 1.0 if step < num_steps - length else (num_steps - step) / length
+    return left if config.warmdown_shape == "linear" else math.sqrt(left)
 
 
 # Copied from train.py: swa_cycle
@@ -1418,6 +1531,8 @@ def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
 # Adapted from train.py: weight_decay_multiplier -- three phases
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
     """1, from decay_hold on linear to the low value at decay_low, then linear to the end value; over weight_decay."""
+    if not config.decay_schedule:
+        return 1.0
     hold, low = (round(epoch * num_steps / config.num_epochs) for epoch in (config.decay_hold, config.decay_low))
     values = config.decay_low_value, config.decay_end_value
     points = [0, hold, low, num_steps], [1.0, 1.0] + [v / config.weight_decay for v in values]
@@ -1429,6 +1544,12 @@ def mtp_weights(config: Config, step: int, num_steps: int) -> tuple[float, float
     phase = config.mtp_until / 2 * num_steps
     left_1, left_2 = (min(1.0, max(0.0, end - step / phase)) for end in (2.0, 1.0))
     return 1.0, config.mtp_weight_1 * left_1, config.mtp_weight_2 * left_2
+
+
+# Adapted from train.py: average_share -- from the first step on
+def average_share(plan: Plan, step: int) -> float:
+    """Share that the weights after a step take in their moving average, 0 if it is not their turn."""
+    return 1 - ema_beta(plan) if step % plan.config.ema_every == 0 else 0.0
 
 
 def ema_beta(plan: Plan) -> float:
@@ -1642,7 +1763,7 @@ class TrainLoader:
 
     Each epoch permutes the documents, from their order in the epoch before (at first, in the file). They are cut into
     sequences of T + 1 tokens, which are permuted in turn; see shuffle_seeds. A thread makes an epoch (2 bytes a token)
-    while the one before is trained on.
+    while the one before is trained on. Other values of `shuffle` are those of earlier records; see fixed_sequences.
     """
 
     def __init__(self, shard: Shard, plan: Plan, virtual_ranks: range):
@@ -1654,6 +1775,8 @@ class TrainLoader:
     def make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Runs in the thread -> sequences (n, T + 1) uint16 and the order (n,) in which the epoch takes them."""
         tokens, starts, config = self.shard.tokens, self.shard.doc_starts, self.plan.config
+        if config.shuffle != "documents":
+            return self.fixed_sequences(epoch)
         while self.order_epoch < epoch:
             self.order_epoch += 1
             seed, _ = shuffle_seeds(config, self.order_epoch)
@@ -1671,6 +1794,23 @@ class TrainLoader:
         sequences = self.shard.sequences(config.sequence_len + 1, tokens)
         generator = torch.Generator().manual_seed(shuffle_seeds(config, epoch)[1])
         return sequences, torch.randperm(len(sequences), generator=generator).numpy()
+
+    def fixed_sequences(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """As make_epoch: sequences as in the file, permuted once, as in validation.
+
+        shuffle "micro_steps": each epoch permutes its micro-steps, of all virtual ranks, from their order before.
+        """
+        size, sequences = (
+            VIRTUAL_RANKS * self.plan.config.micro_batch,
+            self.shard.sequences(self.plan.config.sequence_len + 1),
+        )
+        order = np.random.RandomState(self.shard.seq_shuffle_seed).permutation(len(sequences))
+        order = order[: len(order) // size * size].reshape(-1, size)
+        seeds = (shuffle_seeds(self.plan.config, number)[0] for number in range(1, epoch + 1))
+        for seed in seeds if self.plan.config.shuffle == "micro_steps" else ():
+            if seed is not None:
+                order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).numpy()]
+        return sequences, order.ravel()
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch, from 1; starts making the next."""
@@ -2354,13 +2494,16 @@ class Trainer:
         """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
         epoch = self.plan.epochs_done(self.step) + (not complete)
         self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
-        if epoch > self.config.num_epochs - self.config.readout_epochs or self.stopped_by == "time_cap":
-            file = f"epoch_{epoch:02d}.safetensors"
-            self.members.append({"file": file, "epoch": epoch, "step": self.step})
-            if self.world.main:
-                tensors = self.unsaved[file] = {}
-                for name, p in self.model.named_parameters():
-                    tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
+        if epoch > self.config.num_epochs - self.config.kept_epochs or self.stopped_by == "time_cap":
+            self.keep_member(f"epoch_{epoch:02d}.safetensors", epoch)
+
+    def keep_member(self, file: str, epoch: int) -> None:
+        """Keep the weights as they are for the readout; save_members writes them to the disk."""
+        self.members.append({"file": file, "epoch": epoch, "step": self.step})
+        if self.world.main:
+            tensors = self.unsaved[file] = {}
+            for name, p in self.model.named_parameters():
+                tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
 
     def validate(self, name: str) -> None:
         """Score the model as it was trained in the epoch just finished."""
@@ -2522,11 +2665,11 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
 
     None if a signal comes. It averages the members' weights, the newest heaviest, and runs as many passes as were
-    trained at the end. Recorded beside it: the same with equal weights, and the exponential moving average of all of
-    the run's weights.
+    trained at the end; readout "ema" takes the exponential moving average of all of the run's weights. Recorded beside
+    it: the other one, and if there are several members their average with equal weights.
     """
-    members, eval_sets = trainer.members[-trainer.config.readout_epochs :], trainer.eval_sets
-    weights = recency_weights(members)
+    members, eval_sets = trainer.members[-trainer.config.kept_epochs :], trainer.eval_sets
+    weights, by_average = recency_weights(members), trainer.config.readout == "ema"
     how = stage(trainer.plan, trainer.step - 1)
 
     def use_ema() -> None:
@@ -2545,18 +2688,25 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     def score(name: str) -> Score:
         return eval_sets[name].score(eval_sets[name].nats(partial(trainer.token_losses, **how)))
 
-    averages = {  # the declared one comes last: the model holds it then, for the holdout
-        "exponential_moving_average": use_ema,
-        "weight_average_equal_weights": partial(use_members, [1 / len(members)] * len(members)),
-        "weight_average": partial(use_members, weights),
-    }
-    for name, use in averages.items():
+    averages = [
+        ("exponential_moving_average", use_ema),
+        ("weight_average_equal_weights", partial(use_members, [1 / len(members)] * len(members))),
+        ("weight_average" if len(members) > 1 else "last", partial(use_members, weights)),
+    ]
+    if len(members) == 1:
+        averages.pop(1)
+    if by_average:  # the declared one comes last: the model holds it then, for the holdout
+        averages.reverse()
+    for name, use in averages:
         if trainer.any_signal():
             return None
         use()
         val = score("val")
         trainer.readouts[name] = val.loss
     holdout = score("holdout") if "holdout" in eval_sets else None
+    if by_average:
+        trainer.keep_member("moving_average.safetensors", members[-1]["epoch"])
+        members, weights = trainer.members[-1:], [1.0]
     for weight, member in zip(weights, members, strict=True):
         member["weight"] = weight
     return val, holdout, {"mixing": MIXING, "stage": how, "members": members}

@@ -112,6 +112,13 @@ class GPTConfig:
     replay_start: int = 15  # first layer that layer replay repeats; in the decoder, the second half of the layers
     replay_end: int = 21  # one past the last layer that layer replay repeats
     replay_loops: int = 2  # how often layer replay repeats them
+    mlp: Literal["swiglu", "relu2"] = "swiglu"  # relu2: squared ReLU, of width 4C
+    value_embedding: Literal["projection", "table"] = "projection"  # table: looked up by token
+    u_net: bool = True  # skips from the first half of the layers to the second
+    head_gates: bool = True  # a gate on the output of each attention head
+    head_mixes: bool = True  # interleaved head attention
+    exclusive: bool = False  # exclusive self-attention
+    proj_init: Literal["normal", "zero"] = "normal"  # how every c_proj starts
 
     def __post_init__(self):
         check_model(self)
@@ -125,12 +132,18 @@ class GPTConfig:
     # Copied from model.py: GPTConfig.hidden
     @property
     def hidden(self) -> int:
-        """Width of the SwiGLU MLP: 8/3 C, rounded up to a multiple of 256."""
-        return -(-(8 * self.n_embd // 3) // 256) * 256
+        """Width of the MLP: 4C, or for SwiGLU, which has a matrix more, 8/3 C rounded up to a multiple of 256."""
+        return 4 * self.n_embd if self.mlp == "relu2" else -(-(8 * self.n_embd // 3) // 256) * 256
 
     @property
     def window_stages(self) -> tuple[WindowStage, ...]:
         return parse_window_schedule(self.window_schedule, self.sequence_len)
+
+    # Copied from model.py: GPTConfig.mlp_elements
+    @property
+    def mlp_elements(self) -> int:
+        """Elements of the MLP's matrices."""
+        return (2 if self.mlp == "relu2" else 3) * self.n_embd * self.hidden
 
     # Adapted from model.py: GPTConfig.window -- by stage
     def window(self, i: int, windows: tuple[int, int]) -> int:
@@ -201,12 +214,17 @@ class Config(GPTConfig):
     scalar_lr: float = 0.1  # AdamW: x0_lambdas; times 0.01, resid_lambdas and skip_weights
     mix_lr: float = 0.02  # AdamW: q_mix, k_mix, v_mix
     weight_decay: float = 1.3  # of matrices and tables, before its schedule
-    warmdown: float = 0.2  # part of the steps, at the end, over which the learning rate falls as a square root
+    row_norm: bool = True  # MuonEq-R: Muon gives the rows of a step the same norm before it is made orthogonal
+    decay_schedule: bool = True  # weight decay falls, and rises in each cycle; else it is constant
+    warmdown: float = 0.2  # part of the steps, at the end, over which the learning rate falls
+    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # how it falls, before the cycles
     swa_epochs: int = 8  # last epochs, with a cyclic learning rate (0: none)
+    readout: Literal["average", "last", "ema"] = "average"  # of the last epochs; the last weights, 0.3 of their EMA
     readout_epochs: int = 11  # last epochs, whose final weights are averaged in probability with weights 1:2:3...
     replay_from_epoch: int = 14  # first epoch with layer replay (0: never)
     meta_gradient: bool = False  # that of the limited track, with --dropout 0.05 --stochastic-depth 0 beside it
     meta_step: float = 0.5  # length of that move, before the warmdown
+    shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what is put in another order each epoch
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA where there is a GPU
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the GPU has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
@@ -237,6 +255,12 @@ class Config(GPTConfig):
         """Whether the meta-gradient halves the sequences of a micro-step, as there is only one."""
         return self.meta_gradient and self.micro_steps == 1
 
+    # Copied from train.py: Config.kept_epochs
+    @property
+    def kept_epochs(self) -> int:
+        """Last epochs whose final weights the readout needs."""
+        return self.readout_epochs if self.readout == "average" else 1
+
     # Copied from train.py: Config.device_rows
     @property
     def device_rows(self) -> int:
@@ -245,9 +269,18 @@ class Config(GPTConfig):
         return min(self.device_batch or rows, rows)
 
 
+# Copied from train.py: check_choices
+def check_choices(c: Config) -> None:
+    """Refuse a setting that is none of its choices (ValueError); argparse does so too, but not for records' files."""
+    for name, hint in field_types().items():
+        choices, value = typing.get_args(hint) if typing.get_origin(hint) is Literal else (), getattr(c, name)
+        require(not choices or value in choices, f"{name} is {value!r}: it must be one of {', '.join(choices)}")
+
+
 # Copied from train.py: check_config
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError); those that the tracks share."""
+    check_choices(c)
     positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
     positive.append("log_every")
     for name in [*positive, "device_batch", "swa_epochs", "time_cap_min", "meta_step", "seed"]:
@@ -289,6 +322,13 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in about
 RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
 
 
+# Copied from train.py: field_types
+@cache
+def field_types() -> dict[str, type]:
+    """The type of each field of Config, by name."""
+    return typing.get_type_hints(Config)
+
+
 # Copied from train.py: field_comments
 @cache
 def field_comments() -> dict[str, str]:
@@ -299,20 +339,57 @@ def field_comments() -> dict[str, str]:
     return comments
 
 
+# Copied from train.py: records_folder
+def records_folder() -> Path:
+    """records/<track> of the repository that this script is in; ValueError if it is elsewhere, as in a run folder."""
+    found = [folder / "records" / TRACK for folder in Path(__file__).resolve().parents[:2]]
+    there = [folder for folder in found if (folder / "records.json").exists()]
+    require(bool(there), f"{found[0]} not found: --record and --list-records need the repository's own script")
+    return there[0]
+
+
+# Copied from train.py: list_records
+def list_records() -> str:
+    """The track's records, a line each; a star marks those that --record trains."""
+    folder, lines = records_folder(), []
+    for entry in read_json(folder / "records.json", {"records"}, "restore it")["records"]:
+        star = "*" if any(folder.glob(f"{entry['number']:02d}-*.json")) else " "
+        minutes = f"{'~' * entry['time_is_approximate']}{entry['minutes']:g} min"
+        lines.append(f"{star}{entry['number']:3}  {entry['val_loss']:.3f}  {minutes:>10}  {entry['change']}")
+    return "\n".join(lines)
+
+
+# Copied from train.py: read_record
+def read_record(number: int) -> dict:
+    """What a published record sets otherwise than the defaults, from its file in records/; ValueError if none is."""
+    files = {int(path.name[:2]): path for path in sorted(records_folder().glob("[0-9][0-9]-*.json"))}
+    known = ", ".join(map(str, files)) or "none"
+    require(number in files, f"--record {number}: the {TRACK} track has settings of {known}; see --list-records")
+    settings = read_json(files[number], {"settings"}, "restore it")["settings"]
+    unknown = settings.keys() - field_types().keys()
+    require(
+        not unknown, f"{files[number]} sets {', '.join(sorted(unknown))}, which this script does not have: correct it"
+    )
+    return settings
+
+
 # Copied from train.py: parse_arguments
 def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     """Command line -> (fields of Config that were given, run folder to resume or None).
 
-    Every field is a flag with its comment as help text. --demo stands for the values in DEMO, which flags override.
+    Every field is a flag with its comment as help text. --record stands for the settings of a published record, --demo
+    for the values in DEMO, but for what the record is without; flags override both.
     """
-    usage = "%(prog)s [--demo | --resume RUN_DIR] [--FLAG VALUE ...]"
+    usage = "%(prog)s [--demo] [--record N | --resume RUN_DIR] [--FLAG VALUE ...]"
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument(
         "--demo", action="store_true", help="toy size, for a CPU; before it: python prepare_data.py --source demo"
     )
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
-    for name, hint in typing.get_type_hints(Config).items():
+    parser.add_argument("--record", metavar="N", type=int, help="train published record N of this track")
+    parser.add_argument("--list-records", action="store_true", help="show the records of this track, and exit")
+    for name, hint in field_types().items():
         default, text = getattr(Config, name), field_comments()[name].replace("%", "%%")
         kind = {"type": hint, "metavar": getattr(hint, "__name__", "")}
         if hint is bool:
@@ -322,8 +399,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, help=f"{text} [{default}]", default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    demo, resume = given.pop("demo"), given.pop("resume")
-    return (DEMO | given if demo else given), resume
+    demo, resume, record = (given.pop(name) for name in ("demo", "resume", "record"))
+    if given.pop("list_records"):
+        print(list_records())
+        parser.exit()
+    require(record is None or resume is None, "--record is for a new run: --resume goes on with the run's own settings")
+    settings = {} if record is None else read_record(record)
+    toy = DEMO if demo else {}
+    if record is not None:  # what the record is without stays off
+        toy = {name: value for name, value in toy.items() if not value or settings.get(name, getattr(Config, name))}
+    return settings | toy | given, resume
 
 
 # ======================================================================================================================
@@ -520,8 +605,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, backend: 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
+# Copied from model.py: exclude_own_value
+def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
+    """Exclusive self-attention (arXiv 2603.09078): y loses a share of its part along the position's own value.
+
+    y, v (B, T, H, D), strength: that share, one number or (H, 1) float32 or wider -> (B, T, H, D).
+    """
+    unit = F.normalize(v, dim=-1, eps=1e-4)
+    along = (y * unit).sum(-1, keepdim=True) * unit
+    return (y - strength * along).to(y.dtype)
+
+
 # Copied from model.py: attention
-def attention(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, n_head: int, **settings) -> Tensor:
+def attention(w, x: Tensor, ve: Tensor | None, rotary, *, n_head: int, exclusive: bool, **settings) -> Tensor:
     """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
     B, T, C = x.shape
     q, k, v = (t.view(B, T, n_head, C // n_head) for t in F.linear(x, w["qkv"]).chunk(3, dim=-1))
@@ -529,22 +625,29 @@ def attention(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, n_h
         v = v + 2 * torch.sigmoid(F.linear(x[..., :32], w["ve_gate"])).unsqueeze(-1) * ve.view_as(v)
     q, k = norm(rotate(q, rotary)).to(v.dtype), norm(rotate(k, rotary)).to(v.dtype)
     y = attend(q, k, v, **settings)
-    y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)  # head gates (arXiv 2505.06708)
+    if exclusive:
+        y = exclude_own_value(y, v, 1.0)
+    if "attn_gate" in w:  # head gates (arXiv 2505.06708)
+        y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)
     return F.linear(y.reshape(B, T, C), w["attn_proj"])
 
 
-# Copied from model.py: swiglu
-def swiglu(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """SwiGLU MLP (arXiv 2002.05202): (B, T, C) -> (B, T, C)."""
-    gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, w["mlp_proj"])
+# Copied from model.py: mlp
+def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """SwiGLU (arXiv 2002.05202), or without a gate squared ReLU (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
+    if "gate_up" in w:
+        gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
+        hidden = F.silu(gate) * up
+    else:
+        hidden = F.relu(F.linear(x, w["up"])).square()
+    return F.linear(hidden, w["mlp_proj"])
 
 
 # Copied from model.py: block
 def block(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, dropout_p: float, **settings) -> Tensor:
     """Attention and MLP, each on the normed stream and added to it: (B, T, C) -> (B, T, C)."""
     x = x + dropout(attention(w, norm(x), ve, rotary, **settings), dropout_p)
-    return x + dropout(swiglu(w, norm(x)), dropout_p)
+    return x + dropout(mlp(w, norm(x)), dropout_p)
 
 
 # Copied from model.py: layer
@@ -559,6 +662,12 @@ def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary
         x = x + skip_weight * skip
     x = resid_lambda * x + x0_lambda * x0
     return x if dropped else block(w, x, ve, rotary, **settings)
+
+
+# Copied from model.py: value_embedding
+def value_embedding(w: dict[str, Tensor], i: int, tokens: Tensor, x0: Tensor) -> Tensor:
+    """What is added to the values of layer i, by tokens (B, T) or their embedding x0 (B, T, C) -> (B, T, C)."""
+    return F.linear(x0, w[f"ve_proj.{i}"]) if f"ve_proj.{i}" in w else F.embedding(tokens, w[f"ve_table.{i}"])
 
 
 # Copied from model.py: mtp_layer
@@ -676,18 +785,20 @@ class Attention(nn.Module):
         super().__init__()
         C, H = config.n_embd, config.n_head
         self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
-        self.q_mix, self.k_mix, self.v_mix = (nn.Parameter(torch.empty(H, H)) for _ in range(3))
-        self.attn_gate = nn.Linear(12, H, bias=False)
+        mixes = (nn.Parameter(torch.empty(H, H)) if config.head_mixes else None for _ in range(3))
+        self.q_mix, self.k_mix, self.v_mix = mixes
+        self.attn_gate = nn.Linear(12, H, bias=False) if config.head_gates else None
         self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
 
 
 # Copied from model.py: MLP
 class MLP(nn.Module):
-    """Parameters of a SwiGLU MLP."""
+    """Parameters of an MLP."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate, self.c_fc = (nn.Linear(config.n_embd, config.hidden, bias=False) for _ in range(2))
+        self.c_gate = nn.Linear(config.n_embd, config.hidden, bias=False) if config.mlp == "swiglu" else None
+        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=False)
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
 
 
@@ -705,12 +816,15 @@ class Block(nn.Module):
         attn, mlp = self.attn, self.mlp
         sources = {
             "qkv": [(attn.c_q.weight, attn.q_mix), (attn.c_k.weight, attn.k_mix), (attn.c_v.weight, attn.v_mix)],
-            "attn_gate": [(attn.attn_gate.weight, None)],
             "attn_proj": [(attn.c_proj.weight, None)],
-            "gate_up": [(mlp.c_gate.weight, None), (mlp.c_fc.weight, None)],
             "mlp_proj": [(mlp.c_proj.weight, None)],
         }
-        return sources | ({"ve_gate": [(attn.ve_gate.weight, None)]} if attn.ve_gate is not None else {})
+        if mlp.c_gate is None:
+            sources["up"] = [(mlp.c_fc.weight, None)]
+        else:
+            sources["gate_up"] = [(mlp.c_gate.weight, None), (mlp.c_fc.weight, None)]
+        gates = {"attn_gate": attn.attn_gate, "ve_gate": attn.ve_gate}
+        return sources | {name: [(gate.weight, None)] for name, gate in gates.items() if gate is not None}
 
 
 # Copied from model.py: mix_heads
@@ -804,8 +918,13 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(C, config.padded_vocab, bias=False)
         self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.empty(L)), nn.Parameter(torch.empty(L))
-        self.skip_weights = nn.Parameter(torch.empty(L // 2))
-        self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in with_ve})
+        self.skip_weights = nn.Parameter(torch.empty(L // 2)) if config.u_net else None
+        self.ve_projs, self.ve_tables = nn.ModuleDict(), nn.ModuleDict()
+        for i in map(str, with_ve):
+            if config.value_embedding == "projection":
+                self.ve_projs[i] = nn.Linear(C, C, bias=False)
+            else:
+                self.ve_tables[i] = nn.Embedding(config.padded_vocab, C)
         if config.mtp_weight:
             self.mtp_proj = nn.Linear(2 * C, C, bias=False)
             self.mtp_block = Block(config, value_embedding=False)
@@ -819,16 +938,16 @@ class GPT(nn.Module):
         """Fill every parameter, drawing from torch's default generator for the parameters' device."""
         C = self.config.n_embd
         for name, p in self.named_parameters():
-            kind = "ve_projs" if name.startswith("ve_projs.") else name.removesuffix(".weight").split(".")[-1]
+            kind = "ve" if name.startswith(("ve_projs.", "ve_tables.")) else name.removesuffix(".weight").split(".")[-1]
             if kind == "wte":
                 p.normal_()
             elif kind == "lm_head":
                 p.normal_(std=0.001)
-            elif kind in ("c_q", "c_k", "c_v", "c_gate", "c_fc", "ve_projs", "mtp_proj"):
+            elif kind in ("c_q", "c_k", "c_v", "c_gate", "c_fc", "ve", "mtp_proj"):
                 p.uniform_(-math.sqrt(3 / C), math.sqrt(3 / C))
-            elif kind == "c_proj":
+            elif kind == "c_proj" and self.config.proj_init == "normal":
                 p.normal_(std=1 / math.sqrt(C))
-            elif kind in ("ve_gate", "attn_gate"):
+            elif kind in ("ve_gate", "attn_gate", "c_proj"):
                 p.zero_()
             elif kind in ("q_mix", "k_mix", "v_mix"):
                 p.copy_(torch.eye(p.size(0)))
@@ -846,9 +965,10 @@ class GPT(nn.Module):
     # Copied from model.py: GPT.sources
     def sources(self) -> dict[str, dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]]:
         """What every compute weight is made of, by unit; see Block.sources."""
-        io = {name: [(getattr(self, name), None)] for name in ("resid_lambdas", "x0_lambdas", "skip_weights")}
+        io = {name: [(p, None)] for name, p in self.named_parameters(recurse=False)}
         io |= {"wte": [(self.transformer.wte.weight, None)], "lm_head": [(self.lm_head.weight, None)]}
         io |= {f"ve_proj.{i}": [(projection.weight, None)] for i, projection in self.ve_projs.items()}
+        io |= {f"ve_table.{i}": [(table.weight, None)] for i, table in self.ve_tables.items()}
         units = {"io": io} | {f"h.{i}": h.sources() for i, h in enumerate(self.transformer.h)}
         if self.config.mtp_weight:
             io["mtp_proj"] = [(self.mtp_proj.weight, None)]
@@ -874,7 +994,8 @@ class GPT(nn.Module):
 
     # Adapted from model.py: GPT._settings -- a softmax scale
     def _settings(self, window: int, long: int) -> dict:
-        settings = {"window": window, "scale": self.config.yarn(long)[1], "backend": self.backend}
+        settings = {"window": window, "scale": self.config.yarn(long)[1], "exclusive": self.config.exclusive}
+        settings |= {"backend": self.backend}
         return settings | {"n_head": self.config.n_head, "dropout_p": self.config.dropout if self.training else 0.0}
 
     # Adapted from model.py: GPT.trunk -- windows by stage
@@ -887,13 +1008,14 @@ class GPT(nn.Module):
         windows = windows or config.window_stages[-1][2:]
         x = x0 = norm(F.embedding(tokens, io["wte"]))
         rotary = self.rotary(tokens.size(1), windows[1])
-        resid, from_x0, skips = (io[name].unbind() for name in ("resid_lambdas", "x0_lambdas", "skip_weights"))
+        resid, from_x0 = io["resid_lambdas"].unbind(), io["x0_lambdas"].unbind()
+        skips = io["skip_weights"].unbind() if config.u_net else ()
         encoded: list[Tensor] = []
         ve: dict[int, Tensor] = {}  # value embeddings, which a replayed layer shares with its first run
         for call, i in enumerate(config.layer_order(replay)):
             if config.has_value_embedding(i) and i not in ve:
-                ve[i] = F.linear(x0, io[f"ve_proj.{i}"])
-            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if i >= E else (None, None)
+                ve[i] = value_embedding(io, i, tokens, x0)
+            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if skips and i >= E else (None, None)
             lambdas, is_dropped = (skip_weight, resid[i], from_x0[i]), dropped is not None and dropped[call]
             settings = self._settings(config.window(i, windows), windows[1])
             x = self._layer(w[f"h.{i}"], x, x0, skip, lambdas, ve.get(i), rotary, dropped=is_dropped, **settings)
@@ -951,10 +1073,11 @@ class GPT(nn.Module):
 
 # Copied from model.py: build
 def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
-    """A model for a device, its parameters not filled yet: float32 or wider, wte of the compute dtype."""
+    """A model for a device, its parameters not filled yet: float32 or wider, embeddings of the compute dtype."""
     with torch.device("meta"):
         model = GPT(config, **kernels).to(torch.promote_types(dtype, torch.float32))
-        model.transformer.wte.to(dtype)
+        for table in (model.transformer.wte, model.ve_tables):
+            table.to(dtype)
     return model.to_empty(device=device)
 
 
@@ -1049,8 +1172,9 @@ def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
 def flops_per_token(config: GPTConfig, replay: bool, windows: tuple[int, int]) -> float:
     """Floating-point operations of forward and backward per token: matrix products and attention, replays counted."""
     C, T, order = config.n_embd, config.sequence_len, config.layer_order(replay)
-    per_block = 4 * C * C + 3 * C * config.hidden  # elements of its matrices
-    weights = per_block * len(order) + C * C * sum(map(config.has_value_embedding, range(config.n_layer)))
+    per_block = 4 * C * C + config.mlp_elements  # elements of its matrices
+    projections = sum(map(config.has_value_embedding, range(config.n_layer))) * (config.value_embedding == "projection")
+    weights = per_block * len(order) + C * C * projections
     seen = [config.window(i, windows) for i in order]
     keys = sum(w - w * w / (2 * T) for w in seen)  # that the average position attends to
     heads = 1
@@ -1066,16 +1190,16 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
     The last is an estimate, from what autograd keeps of each layer, and from the logits of a chunk.
     """
     with torch.device("meta"):
-        total = sum(p.numel() for p in GPT(config).parameters())
-    C, V = config.n_embd, config.padded_vocab
+        sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
+    C, V, total = config.n_embd, config.padded_vocab, sum(sizes.values())
     positions = config.device_rows * config.sequence_len
-    tables = 2 * V * C
+    tables = 2 * V * C + sum(size for name, size in sizes.items() if name.startswith("ve_tables."))
     # float32: masters and two gradients; AdamW keeps two moments of the tables, Muon one of the rest and a moved copy
     static = 3 * total + (total + tables) / world_size + (total - tables) * config.meta_gradient
     static = 4 * static + dtype.itemsize * total
     per_layer = (13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C
     layers = len(config.layer_order(replay=config.replay_from_epoch > 0))
-    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + tables / 2 * 8  # a chunk's logits; the gradient
+    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + V * C * 8  # a chunk's logits; the gradient
     return total, static / 2**30, (static + positions * per_layer * layers + head) / 2**30
 
 
@@ -1122,9 +1246,9 @@ def disk_space(folder: Path) -> tuple[float, float]:
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
-    needed = config.readout_epochs * member + 3 * checkpoint
+    needed = config.kept_epochs * member + 3 * checkpoint
     there, free = disk_space(folder)
-    parts = f"the weights of {config.readout_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
+    parts = f"the weights of {config.kept_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
     parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
     said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"
     had = f", and {there:.3g} GiB of it are there" if there else ""
@@ -1155,21 +1279,23 @@ POLAR_EXPRESS = (  # coefficients of the five steps
 def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor).
 
-    `moved`: the meta-gradient step moves them.
+    `moved`: the meta-gradient step moves them; `row_norm`: see muon_update.
     """
     lr, decay, betas = config.lr_multiplier, config.weight_decay, (0.8, 0.95)
     mixes = [name for name in names if name.endswith("_mix")]
+    embeddings = ["transformer.wte.weight", *(name for name in names if name.startswith("ve_tables."))]
+    scalars = [name for name in ("resid_lambdas", "skip_weights") if name in names]
     table = [  # method, parameters, learning rate, weight decay, betas
         ("adamw", ["lm_head.weight"], config.head_lr * lr, decay, betas),
-        ("adamw", ["transformer.wte.weight"], config.embedding_lr * lr, decay, betas),
-        ("adamw", ["resid_lambdas", "skip_weights"], config.scalar_lr * lr * 0.01, 0.0, betas),
+        ("adamw", embeddings, config.embedding_lr * lr, decay, betas),
+        ("adamw", scalars, config.scalar_lr * lr * 0.01, 0.0, betas),
         ("adamw", ["x0_lambdas"], config.scalar_lr * lr, 0.0, (0.96, 0.95)),
         ("adamw", mixes, config.mix_lr, 0.0, betas),
     ]
     taken = {name for row in table for name in row[1]}
     table.append(("muon", [name for name in names if name not in taken], config.matrix_lr * lr, decay, ()))
     groups = [dict(zip(("kind", "params", "lr", "weight_decay", "betas"), row, strict=True)) for row in table]
-    return [group | {"moved": group["kind"] == "muon"} for group in groups]
+    return [group | {"moved": group["kind"] == "muon", "row_norm": config.row_norm} for group in groups]
 
 
 # Copied from train.py: polar_express
@@ -1208,10 +1334,11 @@ def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
 
 
 # Copied from train.py: muon_update
-def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype) -> None:
-    """A Muon step, in place: see orthogonal_step. Row norms before it: MuonEq-R (arXiv 2603.28254)."""
+def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
+    """A Muon step, in place: see orthogonal_step. row_norm: rows of norm 1 before it, MuonEq-R (arXiv 2603.28254)."""
     u = nesterov(grad, momentum, mu)
-    u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    if row_norm:
+        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     orthogonal_step(p, u, second, lr, weight_decay, dtype)
 
 
@@ -1320,7 +1447,7 @@ class MuonAdamW:
                 sums[i].wait()
             own, rates = bucket.values[bucket.own], (bucket.lr * lr, bucket.group["weight_decay"] * decay)
             if bucket.kind == "muon":
-                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype)
+                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype, bucket.group["row_norm"])
             else:
                 adamw_update(own, parts[i], *bucket.moments, *rates, *bucket.group["betas"], step)
             if sums:
@@ -1363,18 +1490,28 @@ class MuonAdamW:
 
 # Copied from train.py: build_optimizer
 def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype, compile: bool) -> MuonAdamW:
-    """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it."""
+    """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it.
+
+    Where a readout needs it, each process keeps its part of a moving average of the weights beside the state.
+    """
     groups = optimizer_groups(config, [name for name, _ in model.named_parameters()])
     in_bfloat16 = world.cuda and dtype == torch.bfloat16
-    return MuonAdamW(model, groups, world, dtype if in_bfloat16 else torch.promote_types(dtype, torch.float32), compile)
+    wide = torch.promote_types(dtype, torch.float32)
+    optimizer = MuonAdamW(model, groups, world, dtype if in_bfloat16 else wide, compile)
+    for bucket in optimizer.buckets if config.readout == "ema" else ():
+        bucket.state["average"] = torch.zeros_like(bucket.grads[bucket.own])
+    return optimizer
 
 
 # Copied from train.py: update_weights
 @torch.no_grad()
 def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
-    """The end of an optimizer step."""
-    values = schedule(plan, step)
+    """The end of an optimizer step: the weights change and, if it is their turn, enter their moving average."""
+    values, share = schedule(plan, step), average_share(plan, step)
     optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
+    for bucket in optimizer.buckets if share else ():
+        average = bucket.state["average"]
+        average.lerp_(bucket.values[bucket.own].to(average.dtype), share)
 
 
 # Copied from train.py: add_gradient
@@ -1416,9 +1553,10 @@ def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, et
 
 # Copied from train.py: warmdown
 def warmdown(config: Config, step: int, num_steps: int) -> float:
-    """1, then falling to 0 as a square root over the last part of the run."""
+    """1, then falling to 0 over the last part of the run, linearly or as a square root."""
     length = round(config.warmdown * num_steps)
-    return 1.0 if step < num_steps - length else math.sqrt((num_steps - step) / length)
+    left = 1.0 if step < num_steps - length else (num_steps - step) / length
+    return left if config.warmdown_shape == "linear" else math.sqrt(left)
 
 
 # Copied from train.py: swa_cycle
@@ -1440,10 +1578,23 @@ def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
     """1 for 40% of the steps, then linear to 0.65 where the cycles begin; in each cycle linear from 0.65 to 1.5."""
     cycle = swa_cycle(config, step, num_steps)
+    if not config.decay_schedule:
+        return 1.0
     if cycle is not None:
         return 0.65 + (1.5 - 0.65) * cycle
     hold, end = 0.4 * num_steps, num_steps * (1 - config.swa_epochs / config.num_epochs)
     return 1.0 - (1.0 - 0.65) * (step - hold) / (end - hold) if step > hold else 1.0
+
+
+# Copied from train.py: average_share
+def average_share(plan: Plan, step: int) -> float:
+    """Share that the weights after a step take in their moving average, 0 if it is not their turn.
+
+    It begins as a copy of them after 90% of the steps, and then takes 5% every 10 steps.
+    """
+    since = step + 1 - round(0.9 * plan.num_steps)
+    its_turn = plan.config.readout == "ema" and since >= 0 and since % 10 == 0
+    return (0.05 if since else 1.0) if its_turn else 0.0
 
 
 # Copied from train.py: muon_momentum
@@ -1655,7 +1806,7 @@ class TrainLoader:
 
     Each epoch permutes the documents, from their order in the epoch before (at first, in the file). They are cut into
     sequences of T + 1 tokens, which are permuted in turn; see shuffle_seeds. A thread makes an epoch (2 bytes a token)
-    while the one before is trained on.
+    while the one before is trained on. Other values of `shuffle` are those of earlier records; see fixed_sequences.
     """
 
     def __init__(self, shard: Shard, plan: Plan, virtual_ranks: range):
@@ -1667,6 +1818,8 @@ class TrainLoader:
     def make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Runs in the thread -> sequences (n, T + 1) uint16 and the order (n,) in which the epoch takes them."""
         tokens, starts, config = self.shard.tokens, self.shard.doc_starts, self.plan.config
+        if config.shuffle != "documents":
+            return self.fixed_sequences(epoch)
         while self.order_epoch < epoch:
             self.order_epoch += 1
             seed, _ = shuffle_seeds(config, self.order_epoch)
@@ -1684,6 +1837,23 @@ class TrainLoader:
         sequences = self.shard.sequences(config.sequence_len + 1, tokens)
         generator = torch.Generator().manual_seed(shuffle_seeds(config, epoch)[1])
         return sequences, torch.randperm(len(sequences), generator=generator).numpy()
+
+    def fixed_sequences(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """As make_epoch: sequences as in the file, permuted once, as in validation.
+
+        shuffle "micro_steps": each epoch permutes its micro-steps, of all virtual ranks, from their order before.
+        """
+        size, sequences = (
+            VIRTUAL_RANKS * self.plan.config.micro_batch,
+            self.shard.sequences(self.plan.config.sequence_len + 1),
+        )
+        order = np.random.RandomState(self.shard.seq_shuffle_seed).permutation(len(sequences))
+        order = order[: len(order) // size * size].reshape(-1, size)
+        seeds = (shuffle_seeds(self.plan.config, number)[0] for number in range(1, epoch + 1))
+        for seed in seeds if self.plan.config.shuffle == "micro_steps" else ():
+            if seed is not None:
+                order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).numpy()]
+        return sequences, order.ravel()
 
     def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch, from 1; starts making the next."""
@@ -2374,13 +2544,16 @@ class Trainer:
         """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
         epoch = self.plan.epochs_done(self.step) + (not complete)
         self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
-        if epoch > self.config.num_epochs - self.config.readout_epochs or self.stopped_by == "time_cap":
-            file = f"epoch_{epoch:02d}.safetensors"
-            self.members.append({"file": file, "epoch": epoch, "step": self.step})
-            if self.world.main:
-                tensors = self.unsaved[file] = {}
-                for name, p in self.model.named_parameters():
-                    tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
+        if epoch > self.config.num_epochs - self.config.kept_epochs or self.stopped_by == "time_cap":
+            self.keep_member(f"epoch_{epoch:02d}.safetensors", epoch)
+
+    def keep_member(self, file: str, epoch: int) -> None:
+        """Keep the weights as they are for the readout; save_members writes them to the disk."""
+        self.members.append({"file": file, "epoch": epoch, "step": self.step})
+        if self.world.main:
+            tensors = self.unsaved[file] = {}
+            for name, p in self.model.named_parameters():
+                tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
 
     def validate(self, name: str) -> None:
         """Score the model as it was trained in the epoch just finished."""
@@ -2537,14 +2710,28 @@ def use_average(trainer: Trainer) -> None:
     trainer.weights.refresh()
 
 
+# Copied from train.py: blend_with_average
+def blend_with_average(trainer: Trainer) -> None:
+    """Make 0.7 of the last weights and 0.3 of their moving average the newest member, the only one that is read out."""
+    if trainer.step < round(0.9 * trainer.plan.num_steps):
+        return trainer.run.log("stopped before the moving average of the weights began: the last weights are read out")
+    for bucket in trainer.optimizer.buckets:
+        average = bucket.whole(bucket.state["average"])
+        bucket.values.copy_(bucket.values.to(average.dtype).lerp(average, 0.3))
+    trainer.keep_member("blend.safetensors", trainer.plan.epochs_done(trainer.step))
+    return None
+
+
 # Copied from train.py: read_out
 def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
 
-    None if a signal comes. It averages the probabilities that the members give to each target. Recorded beside it:
-    the same with equal weights, and the loss of the members' average weights.
+    None if a signal comes. It averages the probabilities that the members give to each target. Recorded beside it,
+    if there are several: the same with equal weights, and the loss of the members' average weights.
     """
-    members, eval_sets = trainer.members[-trainer.config.readout_epochs :], trainer.eval_sets
+    if trainer.config.readout == "ema":
+        blend_with_average(trainer)
+    members, eval_sets = trainer.members[-trainer.config.kept_epochs :], trainer.eval_sets
     weights = recency_weights(members)
     how, nats = stage(trainer.plan, trainer.step - 1), {name: [] for name in eval_sets}
     losses = partial(trainer.token_losses, **how)
@@ -2557,12 +2744,16 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
         add_to_average(trainer, weight)
         member["weight"] = weight
     scores = {name: eval_set.score(mix(nats[name], weights)) for name, eval_set in eval_sets.items()}
+    final = {"mixing": MIXING, "stage": how, "members": members}
+    if len(members) == 1:
+        trainer.readouts["last_blended" if members[0]["file"] == "blend.safetensors" else "last"] = scores["val"].loss
+        return scores["val"], scores.get("holdout"), final
     trainer.readouts["probability_average"] = scores["val"].loss
     equal = mix(nats["val"], [1.0] * len(members))
     trainer.readouts["probability_average_equal_weights"] = eval_sets["val"].score(equal).loss
     use_average(trainer)
     trainer.readouts["weight_average"] = eval_sets["val"].score(eval_sets["val"].nats(losses)).loss
-    return scores["val"], scores.get("holdout"), {"mixing": MIXING, "stage": how, "members": members}
+    return scores["val"], scores.get("holdout"), final
 
 
 # Copied from train.py: save_final
