@@ -233,7 +233,7 @@ def test_a_dropped_layer_passes_on_its_mixture():
 
 def test_half_truncated_rotary():
     """The first quarter of a head's dimensions rotates with the third, by angles of a rotary of half the width."""
-    cos, sin = tiny.rotary_tables(50, 16, torch.device("cpu"), torch.float64)
+    cos, sin = tiny.rotary_tables(50, 16, True, torch.device("cpu"), torch.float64)
     x = torch.randn(1, 50, 1, 16, dtype=torch.float64)
     y = tiny.rotate(x, (cos, sin))
     assert torch.equal(y[..., 4:8], x[..., 4:8]) and torch.equal(y[..., 12:], x[..., 12:])
@@ -287,14 +287,15 @@ def test_keys_are_offset_in_half_of_their_dimensions():
 
 
 def test_exclusive_attention():
-    """Strength 0 changes nothing, the largest leaves nothing along the own value; values of zero are no trouble."""
+    """Strength 0 changes nothing, 1 leaves nothing along the own value; values of zero are no trouble."""
     y, v = torch.randn(2, 2, 5, 3, 8, dtype=torch.float64)
-    assert torch.equal(tiny.exclude_own_value(y, v, torch.zeros(3)), y)
-    left = tiny.exclude_own_value(y, v, torch.tensor([50.0, 0.0, 50.0]))
+    assert torch.equal(tiny.exclude_own_value(y, v, torch.zeros(3, 1)), y)
+    left = tiny.exclude_own_value(y, v, torch.tensor([1.0, 0.0, 1.0])[:, None])
+    assert torch.equal(root.exclude_own_value(y, v, 1.0)[..., [0, 2], :], left[..., [0, 2], :])
     assert (left * v).sum(-1)[..., [0, 2]].abs().max() < 1e-12
     assert torch.equal(left[..., 1, :], y[..., 1, :])
-    assert torch.equal(tiny.exclude_own_value(y, torch.zeros_like(v), torch.ones(3)), y)
-    assert tiny.exclude_own_value(y.bfloat16(), v.bfloat16(), torch.ones(3)).dtype == torch.bfloat16
+    assert torch.equal(tiny.exclude_own_value(y, torch.zeros_like(v), torch.ones(3, 1)), y)
+    assert tiny.exclude_own_value(y.bfloat16(), v.bfloat16(), torch.ones(3, 1)).dtype == torch.bfloat16
 
 
 def test_only_the_last_pass_is_differentiated():
