@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, TRACKS, V, flags, read_metrics, run_to_end, write_data
+from conftest import COMMON, ROOT, SMALL, TRACKS, V, flags, read_metrics, run_to_end, write_data
 
 import model as root
 import tiny.train as tiny
 import train
 import two_hour.train as two_hour
+import unlimited.train as unlimited
 
 MODULES = {"limited": train, "tiny": tiny, "two_hour": two_hour}
 
@@ -209,6 +210,47 @@ def test_every_record_trains(name, number, few_tokens, tmp_path):
         found = log_probs(sequences[:, :-1]).gather(-1, sequences[:, 1:, None])
         probabilities = probabilities + weight * found.double().exp()
     assert -probabilities.log().mean().item() == pytest.approx(result["val_loss"], abs=1e-6)
+
+
+ENSEMBLES = {  # what the ensembles' records changed, from eight models of limited 2 on
+    2: {"chains": 8, "cycles": 1, "cycle_epochs": 12, "selection": "uniform", "average": "logit", "teach_after": 0},
+    3: {"value_embedding": "projection", "mlp": "swiglu"},
+    4: {"u_net": True, "head_gates": True},
+    5: {"cycle_epochs": 18},
+    6: {
+        "chains": 1, "cycles": 8, "members": "independent", "teach_after": 1, "teach_weight": 0.5,
+        "teach_temperature": 1.0,
+    },
+    7: {
+        "cycles": 10, "first_cycle_epochs": 18, "cycle_epochs": 24, "teach_weight": 0.7, "replay_from": 0.75,
+        "replay_start": 15, "replay_end": 21, "replay_loops": 3, "leave_out_first": True,
+    },
+    8: {"cycles": 12, "teach_weight": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", ENSEMBLES)
+def test_settings_of_the_ensembles_are_the_recipe(number):
+    config, schedules = unlimited.Config(**unlimited.read_record(number)), ("warmdown", "warmdown_shape", "readout")
+    expected = {key: value for key, value in recipe("limited", 2).items() if hasattr(config, key)}
+    expected = {key: value for key, value in expected.items() if key not in (*schedules, "replay_start", "replay_end")}
+    expected |= {"outer_batch_tokens": 524288, "clip": 0.0, "warmdown": 0.5, "lr_low": 0.0, "decay_low": 1.0}
+    expected["replay_from"] = 1.0
+    for later in range(2, number + 1):
+        expected |= ENSEMBLES[later]
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert unlimited.read_record(12) == {}
+
+
+def test_a_record_of_ensembles_trains(few_tokens, tmp_path):
+    """The last whose settings this script has: a chain of taught models, the first left out, logits averaged."""
+    sizes = {key: SMALL["unlimited"][key] for key in COMMON.keys() & SMALL["unlimited"].keys() - {"dropout"}}
+    sizes |= {"replay_start": 1, "replay_end": 2, "cycles": 3, "cycle_epochs": 1, "first_cycle_epochs": 1}
+    sizes |= {"outer_batch_tokens": 1024, "fitness_tokens": 300, "data_dir": str(few_tokens), "runs_dir": str(tmp_path)}
+    assert unlimited.main(["--record=8", "--run-name=run", "--device=cpu", *flags(**sizes)]) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["candidates"], result["mixing"], result["leave_out_first"]) == (2, "logit", True)
+    assert result["val_loss"] == result["readouts"]["logit_average"] < math.log(V)
 
 
 def small_model(track, **changes):
