@@ -283,8 +283,9 @@ def track_block(root: Path, track: str, entries: list[dict]) -> str:
         rows.append(row)
     titles = ["#", "loss", "data efficiency", *(["hours", "hardware"] if of_unlimited else ["min"])]
     said = SAID + "A settings file names what is assumed in it.\n\n"
-    charts = "".join(f"![{track}: {what}](charts/{name}-{track}.svg)\n\n" for name, what in TRACK_CHARTS.items())
-    return said + table([*titles, "date", "change", "by", "kind", "run it"], rows) + "\n" + charts.rstrip("\n") + "\n"
+    full = table([*titles, "date", "change", "by", "kind", "run it"], rows)
+    progress, gains = (f"![{track}: {what}](charts/{name}-{track}.svg)\n" for name, what in TRACK_CHARTS.items())
+    return f"{progress}\n{said}{full}\n{gains}"
 
 
 def measured(result: dict, which: str) -> str:
