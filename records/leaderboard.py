@@ -356,7 +356,7 @@ def replace_blocks(path: Path, text: str, blocks: dict[str, str]) -> str:
         require(found[name] == 1, f"{path} has the markers {lines} {found[name]} times, not once: put them in by hand")
     unknown = ", ".join(found.keys() - blocks.keys())
     require(not unknown, f"{path} has markers of no table: {unknown}. Take them out by hand")
-    return BLOCK.sub(lambda match: match[1] + blocks[match[2]] + match[4], text)
+    return BLOCK.sub(lambda match: f"{match[1]}\n{blocks[match[2]]}\n{match[4]}", text)
 
 
 # ======================================================================================================================
