@@ -25,7 +25,13 @@ STYLES = {  # track -> colour (Okabe and Ito's, which colour-blind readers tell 
 INK, FAINT = "#333333", "#BBBBBB"
 SEED_NOISE = 0.002  # nats between seeds
 SETTINGS = {"svg.hashsalt": "records", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-SETTINGS |= {"axes.edgecolor": INK, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.axisbelow": True}
+SETTINGS |= {
+    "axes.edgecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "text.parse_math": False,
+}
 
 
 def digest(chart: partial) -> str:

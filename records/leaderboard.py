@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train", "unlimited": "unlimited.train"}
 COMMAND = "python records/leaderboard.py"
 FIRST_SEED = 42
+LABEL = 30  # characters of a record's name in the charts
 BLOCK = re.compile(r"(<!-- leaderboard: (\w+) -->\n)(.*?)(<!-- /leaderboard -->)", re.DOTALL)
 SAID = (
     "Published figures are those of the original project, not reproduced here unless the row says *verified here*. "
@@ -47,7 +48,7 @@ def is_number(value) -> bool:
 
 
 def is_text(value) -> bool:
-    return isinstance(value, str) and value.strip() == value != "" and "\n" not in value
+    return isinstance(value, str) and value.strip() == value != "" and len(value.splitlines()) == 1
 
 
 def is_date(value) -> bool:
@@ -75,7 +76,10 @@ def is_seeds(value) -> bool:
     return isinstance(value, list) and value == [FIRST_SEED + i for i in range(len(value))] != []
 
 
-NUMBERS = (partial(is_list_of, is_number), "a list of finite numbers")
+def is_holdout(value) -> bool:
+    return is_list_of(lambda loss: loss is None or is_number(loss), value)
+
+
 TEXT = (is_text, "a line of text")
 CHECKS = {  # a field -> what it must satisfy, in code and in words
     "number": (lambda value: type(value) is int and value > 0, "a whole number from 1 on"),
@@ -87,21 +91,22 @@ CHECKS = {  # a field -> what it must satisfy, in code and in words
     "script": (lambda value: is_text(value) and re.fullmatch(r"https://\S+", value), "a URL that begins with https://"),
     "folder": (lambda value: is_text(value) and re.fullmatch(r"\d\d-[a-z0-9-]+", value), "a name such as 22-an-idea"),
     "seeds": (is_seeds, f"{FIRST_SEED}, {FIRST_SEED + 1}, ... without gaps"),
-    "losses": NUMBERS,
-    "holdout_losses": NUMBERS,
+    "losses": (partial(is_list_of, is_number), "a list of finite numbers"),
+    "holdout_losses": (is_holdout, "a list of finite numbers, or of nulls for data without a holdout"),
     "data_sha256": (lambda value: is_text(value) and re.fullmatch("[0-9a-f]{64}", value), "a SHA-256"),
+    "label": (lambda value: is_text(value) and len(value) <= LABEL, f"a line of at most {LABEL} characters"),
     "record": (lambda value: value is None or (type(value) is int and value > 0), "a record's number, or null"),
     "track": (lambda value: value in list(TRACKS), "one of " + ", ".join(TRACKS)),
     "baseline": (is_measured, 'an object of "what" and "losses"'),
     "found": (is_measured, 'an object of "what" and "losses"'),
     "link": (lambda value: value is None or is_text(value), "a URL, a path from the repository's root, or null"),
-} | dict.fromkeys(("kind", "hardware", "change", "label", "title", "scale", "conclusion"), TEXT)
+} | dict.fromkeys(("kind", "hardware", "change", "title", "scale", "conclusion"), TEXT)
 BOTH = ("number", "kind", "val_loss", "date", "minutes", "time_is_approximate", "hardware", "change", "contributors")
-ENTRIES = {  # kind -> the fields of an entry of records.json; "label" is a few words for the charts
+ENTRIES = {  # kind -> the fields of an entry of records.json
     "published": {*BOTH, "script", "label"},
     "verified": {*BOTH, "folder", "seeds", "losses", "holdout_losses", "data_sha256"},
 }
-OPTIONAL = {"label"}  # without one, the charts have the beginning of the change
+OPTIONAL = {"verified": {"label"}}  # without this name in the charts they have the beginning of the change
 RESULT = {"kind", "track", "record", "title", "date", "contributors", "hardware", "scale", "baseline", "found"}
 RESULTS = dict.fromkeys(("rerun", "negative"), RESULT | {"conclusion", "link"})  # kind -> fields in records/skeptical
 
@@ -112,9 +117,9 @@ def field_problems(entry, kinds: dict[str, set[str]]) -> Iterator[str]:
         known = " or ".join(f'"{kind}"' for kind in kinds)
         yield f"the kind is {entry.get('kind') if isinstance(entry, dict) else entry!r}, not {known}"
         return
-    needed = kinds[entry["kind"]]
+    needed, optional = kinds[entry["kind"]], OPTIONAL.get(entry["kind"], set())
     yield from (f'the field "{name}" is missing' for name in sorted(needed - entry.keys()))
-    yield from (f'the field "{name}" is unknown' for name in sorted(entry.keys() - needed - OPTIONAL))
+    yield from (f'the field "{name}" is unknown' for name in sorted(entry.keys() - needed - optional))
     for name, (holds, meaning) in CHECKS.items():
         if name in entry and not holds(entry[name]):
             yield f'"{name}" is {entry[name]!r}, not {meaning}'
@@ -273,7 +278,7 @@ def track_block(root: Path, track: str, entries: list[dict]) -> str:
             loss_text(entry),
             times(entry["val_loss"]),
             duration(track, entry),
-            *([entry["hardware"]] if of_unlimited else []),
+            *([cell(entry["hardware"])] if of_unlimited else []),
             entry["date"],
             cell(entry["change"]),
             people(entry["contributors"]),
@@ -338,7 +343,7 @@ def tracks_block(histories: dict[str, list[dict]]) -> str:
         if track != "limited":
             script = f"[{track}/train.py]({track}/train.py), [about it]({track}/README.md)"
         row = [track, script, f"{cap(track):g} min" if cap(track) else "none"]
-        row += [f"{loss_text(best)} in {time} on {hardware}, {kind_text(best)}", times(best["val_loss"])]
+        row += [f"{loss_text(best)} in {time} on {cell(hardware)}, {kind_text(best)}", times(best["val_loss"])]
         rows.append([*row, f"[{len(entries)}](records/README.md#{track})"])
     return table(["track", "script", "time cap", "best record", "data efficiency", "records"], rows)
 
@@ -375,7 +380,7 @@ def make_charts(histories: dict[str, list[dict]]) -> dict[str, partial]:
                 "date": entry["date"],
                 "loss": entry["val_loss"],
                 "minutes": entry["minutes"],
-                "label": entry.get("label", entry["change"][:28]),
+                "label": entry.get("label", entry["change"][:LABEL]),
                 "verified": entry["kind"] == "verified",
                 "efficiency": data_efficiency(entry["val_loss"]),
             }
@@ -415,6 +420,8 @@ def make_pages(root: Path, histories: dict[str, list[dict]], results: list[dict]
         Path("records/README.md"): full | {"skeptical": skeptical_block(results)},
         Path("README.md"): {"tracks": tracks_block(histories)},
     }
+    for path in blocks:
+        require((root / path).exists(), f"{path} not found: git checkout {path}")
     texts = {path: (root / path).read_text() for path in blocks}
     return {path: (text, replace_blocks(path, text, blocks[path])) for path, text in texts.items()}
 

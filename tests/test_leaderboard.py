@@ -132,6 +132,7 @@ EDITED = {  # what is done to a file's text -> what the check says
     (TINY, '"date": "2026-03-18"', '"day": "2026-03-18"'): 'entry 8: the field "date" is missing',
     (TINY, '"date": "2026-03-18"', '"date": "18.3."'): "entry 8: \"date\" is '18.3.', not a date such as",
     (TINY, '"label": "EMA of weights"', '"labell": ""'): 'entry 8: the field "labell" is unknown',
+    (TINY, "EMA of weights", "much too long a name for a chart"): "not a line of at most 30 characters",
     (TINY, '"script": "https', '"script": "http'): 'entry 1: "script" is \'http:',
     (TINY, '"clarkkev"', '"a b"'): "entry 8: \"contributors\" is ['a b'], not a list of GitHub user names",
     (TINY, '"records": [', '"records": {'): "records.json is damaged",
@@ -161,6 +162,7 @@ FILES = {  # what is done to the files -> what the check says
     "1 settings files 16-*.json for record 16, or there is no such": touch("records/tiny/16-later.json"),
     "no entry has the folder 16-later/": lambda root: (root / "records/tiny/16-later").mkdir(),
     "records/limited/records.json not found": lambda root: (root / LIMITED).unlink(),
+    "records/README.md not found: git checkout": lambda root: (root / PAGE).unlink(),
     "TEMPLATE.json not found": lambda root: (root / "records/skeptical/TEMPLATE.json").unlink(),
 }
 
@@ -228,6 +230,8 @@ def edit_entry(**values):
         (edit_entry(data_sha256="abc"), "entry 22: \"data_sha256\" is 'abc', not a SHA-256"),
         (lambda folder: folder.rename(folder.parent / "23-an-idea"), "record 22: its folder 22-an-idea/ is missing"),
         (lambda folder: (folder / "seed-42/result.json").write_text("{}"), "result.json is damaged (it lacks"),
+        (edit_entry(holdout_losses=[None, None, None]), "but the holdout_loss of its runs are [3.2, 3.21, 3.22]"),
+        (edit_entry(script="https://a"), 'entry 22: the field "script" is unknown'),
     ],
 )  # fmt: skip
 def test_a_verified_record_must_be_what_its_folder_holds(verified, root, damage, said):
