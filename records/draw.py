@@ -152,6 +152,8 @@ def training_time(figure, histories: dict[str, list[dict]], caps: dict[str, floa
 
 def contributions(figure, track: str, points: list[dict]) -> None:
     """By how much each record of a track lowered the loss of the one before, the largest first."""
+    from matplotlib.patches import Rectangle
+
     colour, _ = STYLES[track]
     gains = [(before["loss"] - point["loss"], point) for before, point in pairwise(points)]
     gains.sort(key=lambda gain: (-gain[0], gain[1]["number"]))
@@ -173,7 +175,7 @@ def contributions(figure, track: str, points: list[dict]) -> None:
     axes.set(xlabel="nats below the record before", title=f"{track}: what each record brought")
     axes.grid(axis="x", alpha=0.3)
     if any(point["verified"] for _, point in gains):
-        axes.bar(0, 0, color="white", edgecolor=colour, hatch="///", label="verified here")
+        axes.add_patch(Rectangle((0, 0), 0, 0, fill=False, edgecolor=colour, hatch="///", label="verified here"))
     axes.legend(frameon=False, loc="lower right")
 
 

@@ -308,6 +308,9 @@ def test_no_text_lies_on_another_and_all_is_in_the_picture(name):
         for i, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[:i]), texts[i : i + 1]
             assert box.x1 <= figure.bbox.x1 + 1 and box.y0 >= figure.bbox.y0 - 1
+        if name.startswith("contributions"):
+            bars = axes.containers[0].datavalues
+            assert axes.get_xlim()[0] == 0 and max(bars) < axes.get_xlim()[1] < 1.2 * max(bars)
         if name in ("progress-limited.svg", "contributions-limited.svg", "training-time.svg", "efficiency.svg"):
             assert "verified here" in [text.get_text() for text in legend.get_texts()]
 
