@@ -23,9 +23,11 @@ MODULES = {
     "unlimited/README.md": {"train": unlimited},
 }
 EACH = pytest.mark.parametrize("readme", MODULES)
+PAGES = [*MODULES, "records/README.md", "CONTRIBUTING.md"]
+EACH_PAGE = pytest.mark.parametrize("readme", PAGES)
 
 
-@EACH
+@EACH_PAGE
 def test_links_lead_somewhere(readme):
     text = (ROOT / readme).read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
@@ -36,7 +38,7 @@ def test_links_lead_somewhere(readme):
     assert [link for link in links if link not in anchors and not (folder / link.split("#")[0]).exists()] == []
 
 
-@EACH
+@EACH_PAGE
 def test_flags_exist(readme, capsys):
     for script in (train, tiny, two_hour, unlimited, prepare_data):
         with pytest.raises(SystemExit):
@@ -44,6 +46,8 @@ def test_flags_exist(readme, capsys):
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     others = {"--standalone", "--nproc", "--shutdown-timeout", "--fix"}  # of torchrun and tests/copies.py
     others |= {"--nnodes", "--rdzv"}
+    others |= {"--record", "--list-records"}  # of the timed tracks' scripts
+    others |= {"--check", "--title", "--static"}  # of records/leaderboard.py, submit.py, referee.py
     flags = set(re.findall(r"(?<![-\w])--[a-z-]*[a-z]", (ROOT / readme).read_text()))
     assert len(flags) > 5 and flags - others <= known
 
