@@ -389,6 +389,7 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
     tables = 2 * V * C + sum(size for name, size in sizes.items() if name.startswith("ve_tables."))
     # float32: masters and two gradients; AdamW keeps two moments of the tables, Muon one of the rest and a moved copy
     static = 3 * total + (total + tables) / world_size + (total - tables) * config.meta_gradient
+    static += total / world_size * (config.readout == "ema")
     static = 4 * static + dtype.itemsize * total
     per_layer = (13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C
     layers = len(config.layer_order(replay=config.replay_from_epoch > 0))
