@@ -300,7 +300,7 @@ def check_config(c: Config) -> None:
     rows, of = (c.micro_batch // 2, "half of micro_batch") if c.halves_batches else (c.micro_batch, "micro_batch")
     fits = rows % c.device_rows == 0  # all passes have one shape
     require(fits, f"device_batch {c.device_batch} does not divide {of}, {rows}: change --device-batch")
-    parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.readout_epochs}
+    parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.kept_epochs}
     over = [f"{flag} {value}" for flag, value in parts.items() if value > c.num_epochs]
     require(not over, f"{' and '.join(over)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
     plain = Path(c.run_name).name == c.run_name != ".."
