@@ -381,7 +381,11 @@ def test_initialisation(track):
     assert parameters["transformer.h.0.attn.c_q.weight"].abs().max() <= (3 / C) ** 0.5
 
 
-@pytest.mark.parametrize("meta_gradient", [True, False])
+@pytest.mark.parametrize(
+    "track, meta_gradient",
+    [("limited", True), ("limited", False), ("tiny", True), ("two_hour", False)],
+    indirect=["track"],
+)
 def test_nothing_compiles_after_the_warm_up(track, small, monkeypatch, meta_gradient):
     """Every graph of training and validation, in every stage, with every layer dropped or not, is made in warm_up."""
     from torch._dynamo.utils import counters

@@ -62,7 +62,7 @@ def test_killed_and_resumed(track, small, folder):
     assert result["wall_time_s"] >= result["train_time_s"]
 
 
-@pytest.mark.parametrize("track", ["limited", "two_hour"], indirect=True)  # enough of what is copied
+@pytest.mark.parametrize("track", ["limited"], indirect=True)  # enough of what is copied
 def test_stopped_by_a_signal_and_resumed_on_two_processes(track, small, folder):
     """SIGTERM: the step is finished, all is saved, exit code 0, and the line that says how to resume is right."""
     values = {"dtype": "float64", "dropout": 0.1, "num_epochs": 3}
