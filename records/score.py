@@ -139,9 +139,9 @@ class Judged:
         t = int(self.random.randint(T // 2, T - 1))
         altered = sequences[chosen].clone()
         altered[:, t + 1 : -1] = self.noise(count, T - t - 1)
-        out = self.predict(self.fill(altered[:, :-1]))[:count, : t + 1]
-        targets = sequences[chosen][:, 1 : t + 2, None].to(out.device)
-        self.worst("again", -out.gather(-1, targets)[..., 0].double().cpu() - nats[chosen][:, : t + 1])
+        out = self.predict(self.fill(altered[:, :-1]))[:count, :t]
+        targets = altered[:, 1 : t + 1, None].to(out.device)
+        self.worst("again", -out.gather(-1, targets)[..., 0].double().cpu() - nats[chosen][:, :t])
 
     def score(self, splits: dict[str, Tensor]) -> dict[str, Tensor]:
         """All measurements -> nats by split."""
