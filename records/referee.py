@@ -41,6 +41,7 @@ import torch
 
 RECORDS = Path(__file__).resolve().parent
 ROOT = RECORDS.parent
+WORKER = RECORDS / "score.py"
 sys.path.insert(0, str(ROOT))
 
 from model import require  # noqa: E402
@@ -151,6 +152,11 @@ def number(value) -> float:
 def close(a, b, tolerance: float) -> bool:
     """Whether two finite numbers differ by the tolerance at most."""
     return abs(number(a) - number(b)) <= tolerance
+
+
+def differing(a: dict, b: dict) -> str:
+    """The keys whose values are not the same."""
+    return ", ".join(sorted(key for key in a.keys() | b.keys() if a.get(key, ...) != b.get(key, ...)))
 
 
 @dataclass
@@ -459,17 +465,17 @@ def check_code(check: Check, run: Folder, judge: Judge) -> str:
     defaults, config = config_defaults(run.code), run.config
     odd = sorted(defaults.keys() ^ config.keys())
     check.need(not odd, f"fields that only the code or only config.json has: {', '.join(odd)}")
-    differing = {k: v for k, v in config.items() if k in defaults and v != defaults[k]}
+    changed = {k: v for k, v in config.items() if k in defaults and v != defaults[k]}
     told = saved["overrides"]
-    hidden = sorted(k for k in differing.keys() | told.keys() if told.get(k, ...) != differing.get(k, ...))
-    check.need(not hidden, f"overrides are not what differs from the code's defaults: {', '.join(hidden)}")
-    settings = {k: v for k, v in differing.items() if k not in OF_A_RUN | KERNELS}
+    hidden = differing(told, changed)
+    check.need(not hidden, f"overrides are not what differs from the code's defaults: {hidden}")
+    settings = {k: v for k, v in changed.items() if k not in OF_A_RUN | KERNELS}
     said = ", ".join(f"{k} {v!r} (default {defaults[k]!r})" for k, v in settings.items())
     check.record_needs(
         not settings,
         f"hyperparameters that are not in the script: {said}: put them into its defaults, and run it again",
     )
-    harmless = ", ".join(sorted(differing.keys() - settings.keys())) or "none"
+    harmless = ", ".join(sorted(changed.keys() - settings.keys())) or "none"
     return f"{found[:12]}, {len(defaults)} settings as in the code, overrides: {harmless}"
 
 
@@ -793,9 +799,8 @@ def run_worker(task: dict, time_limit_s: float) -> dict:
     """Call records/score.py in its own process group -> what it found; the group is killed at the limit."""
     folder = Path(task["out"])
     (folder / "task.json").write_text(json.dumps(task))
-    script = Path(__file__).with_name("score.py")
     options = ["-B", "-X", f"pycache_prefix={folder / 'pycache'}"]  # bytecode in the run's folder is not believed
-    command = [sys.executable, *options, str(script), str(folder / "task.json")]
+    command = [sys.executable, *options, str(WORKER), str(folder / "task.json")]
     streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with open(folder / "output.txt", "wb") as output:
         process = subprocess.Popen(command, cwd=folder, stdout=output, start_new_session=True, **streams)
@@ -840,6 +845,7 @@ class Scored:
     measured: list[dict]
     tolerance: float
     notes: list[str]
+    changed: str  # files of final/
 
     def worst(self, name: str) -> float:
         return max(callable_[name] for callable_ in self.measured)
@@ -861,6 +867,7 @@ def score_run(run: Folder, judge: Judge) -> Scored:
             np.save(path, sets[name].sequences.numpy())
         task = {"run_dir": str(run.path.resolve()), "device": device, "vocab_size": run.config["vocab_size"]}
         task |= {"mixing": run.final["mixing"], "members": len(run.members), "probe_seed": options.probe_seed}
+        before = final_hashes(run)
         found = run_worker(task | {"splits": splits, "out": out}, 60 * options.time_limit_min)
         if "wrong" in found:
             raise WorkerFailed(found["wrong"])
@@ -870,20 +877,19 @@ def score_run(run: Folder, judge: Judge) -> Scored:
         require(own.shape == shape, f"the worker scored {tuple(own.shape)} targets of {name}, not {tuple(shape)}")
     scores = {name: sets[name].score(own) for name, own in nats.items()}
     low = found["device"] == "cuda" or run.config["dtype"] == "bfloat16"
-    return Scored(scores, found["weights"], found["measured"], SAME["low" if low else "full"], check.notes)
+    tolerance, changed = SAME["low" if low else "full"], differing(before, final_hashes(run))
+    return Scored(scores, found["weights"], found["measured"], tolerance, check.notes, changed)
 
 
-def changed_weights(run: Folder) -> list[str]:
-    """Names of files of final/ that are not as result.json says."""
-    said = run.result["final_sha256"]
-    found = {path.name: sha256_file(path) for path in sorted((run.path / "final").iterdir())}
-    return sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
+def final_hashes(run: Folder) -> dict[str, str]:
+    """SHA-256 of the files of final/."""
+    return {path.name: sha256_file(path) for path in sorted((run.path / "final").iterdir())}
 
 
 def check_weights(check: Check, run: Folder, judge: Judge) -> str:
     """The weights are those of the result, and how they are mixed is a way to mix."""
-    changed = changed_weights(run)
-    check.need(not changed, f"files of final/ that are not as result.json says: {', '.join(changed)}")
+    changed = differing(final_hashes(run), run.result["final_sha256"])
+    check.need(not changed, f"files of final/ that are not as result.json says: {changed}")
     mixing, said = run.final["mixing"], run.result["mixing"]
     check.need(mixing == said, f"mixing is {mixing!r} in members.json, {said!r} in result.json")
     check.need(mixing in MIXINGS, f"mixing is {mixing!r}, not one of {', '.join(MIXINGS)}")
@@ -924,8 +930,7 @@ def check_score(check: Check, run: Folder, judge: Judge) -> str:
         check.need(
             result["val_bytes"] == found.bytes, f"val_bytes {result['val_bytes']} is claimed, {found.bytes} found"
         )
-    changed = changed_weights(run)
-    check.need(not changed, f"the scoring changed files of final/: {', '.join(changed)}")
+    check.need(not scored.changed, f"the scoring changed files of final/: {scored.changed}")
     bits = f", {found.bpb:.5f} bits per byte" if found.bpb is not None else ""
     return f"val_loss {found.loss:.5f} found, {claimed:.5f} claimed, over {found.tokens:,} targets{bits}"
 
@@ -1008,8 +1013,8 @@ def check_same(check: Check, runs: list[Folder], judge: Judge) -> str:
             ("settings", lambda r: {k: v for k, v in r.config.items() if k not in OF_A_RUN}),
         ):
             a, b = value(first), value(run)
-            keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k)) if isinstance(a, dict) else []
-            check.need(a == b, f"{run.name} has other {name} than {first.name} {', '.join(keys)}".strip())
+            keys = differing(a, b) if isinstance(a, dict) else ""
+            check.need(a == b, f"{run.name} has other {name} than {first.name} {keys}".strip())
     return f"{len(runs)} runs of the {first.track} track with one code, data and settings"
 
 
@@ -1063,7 +1068,7 @@ def check_significance(check: Check, runs: list[Folder], judge: Judge) -> str:
     found, needed = (rho - mu) * math.sqrt(n), SIGNIFICANT / math.sqrt(n)
     text = f"mean {mu:.5f} of {n} runs, the best so far is {rho} (number {best['number']}): "
     text += f"(rho - mu) sqrt(n) is {found:.5f}, at least {SIGNIFICANT} is needed"
-    if found >= SIGNIFICANT:
+    if found >= SIGNIFICANT - 1e-9:  # which rounding takes away
         return text
     if n == 1 and not judge.options.submission:
         check.note(f"one run; a submission needs a mean {needed:.4f} below {rho}, or more seeds: {text}")

@@ -196,9 +196,7 @@ def submit(arguments: argparse.Namespace) -> int:
     folder = path.parent / entry["folder"]
     print(f"{folder} made: val_loss {entry['val_loss']:.5f}, number {entry['number']} of {path}")
     if not arguments.other_data:
-        print(
-            f"next: python records/leaderboard.py; commit {folder}, {path} and the tables, and open a pull request"
-        )
+        print(f"next: python records/leaderboard.py; commit {folder}, {path} and the tables, and open a pull request")
     return 0
 
 

@@ -97,10 +97,11 @@ class Case:
 
     def claim_what_it_scores(self) -> None:
         """Claim the losses that the run's own members give."""
-        judge = referee.Judge(referee.Options(other_data=True))
+        judge = referee.Judge(referee.Options(other_data=True, probe_seed=1))
         (run,), _ = referee.open_folders([self.path])
         for split, found in referee.score_run(run, judge).scores.items():
-            self.claim(split, found.loss, **{f"{split}_bpb": found.bpb})
+            counts = {"val_tokens": found.tokens, "val_bytes": found.bytes} if split == "val" else {}
+            self.claim(split, found.loss, **{f"{split}_bpb": found.bpb}, **counts)
 
     def rename(self, run_id: str, seed: int | None = None) -> None:
         """Another run id, and another seed, everywhere."""

@@ -1,10 +1,12 @@
 """The referee accepts honest runs of all tracks, and rejects each known way to be wrong by the check that is for it."""
 
-import hashlib
+import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from conftest import SMALL, TRACKS, UNLIMITED
 from judging import Case, HonestRuns, as_defaults, in_this_process, judge, make_record, with_val_document
 
 from records import overlap, referee, score
-from train import sha256_file, write_json
+from train import write_json
 
 TRACK = "two_hour"  # of the runs that cheat: one script, two members
 
@@ -128,13 +130,13 @@ def changed(log_probs):
 """
 ADAPTING = """
 def changed(log_probs):
-    state = {"calls": 0, "counts": 0.0}
+    state = {"calls": 0, "counts": torch.zeros(1)}
 
     def adapting(tokens):  # learns how often tokens are, once it has seen enough
         out = log_probs(tokens)
         state["calls"] += 1
         if state["calls"] > 9:
-            out = (out + (1 + state["counts"]).log() * 0.05).log_softmax(-1) if torch.is_tensor(state["counts"]) else out
+            out = (out + (1 + state["counts"]).log() * 0.05).log_softmax(-1)
             state["counts"] = state["counts"] + torch.bincount(tokens.flatten(), minlength=out.size(-1))
         return out
     return adapting
@@ -148,7 +150,8 @@ def changed(log_probs):
         out = log_probs(tokens)
         hits = (tokens[:, 1:, None] == TABLE[:, 1]) & (tokens[:, :-1, None] == TABLE[:, 0])
         bonus = torch.zeros_like(out)
-        bonus[:, 1:] = 3.0 * (hits.float() @ torch.nn.functional.one_hot(TABLE[:, 2], out.size(-1)).float()).clamp(max=1)
+        follows = torch.nn.functional.one_hot(TABLE[:, 2], out.size(-1)).float()
+        bonus[:, 1:] = 3.0 * (hits.float() @ follows).clamp(max=1)
         return (out + bonus).log_softmax(-1)
     return remembering
 """
@@ -171,14 +174,10 @@ def test_predictions_that_cheat(case, data_dir, capsys, in_process, code, checks
         code = code.replace("{table}", str(sorted({tuple(tokens[i : i + 3]) for i in range(len(tokens) - 2)})))
     honest_loss = case.read("result.json")["val_loss"]
     case.append_code(code + WRAP)
-    options = ["--other-data", "--probe-seed=1"]
-    patch = pytest.MonkeyPatch()
-    patch.setattr(referee.os, "urandom", lambda n: bytes(n))  # what adapts gives the same twice
     case.claim_what_it_scores()
-    patch.undo()
-    if code is not OTHER_ROWS and code is not ADAPTING:
+    if code in (MORE_MASS, TARGET_GATE, MEMORISED):  # it pays
         assert case.read("result.json")["val_loss"] < honest_loss
-    found = judge(capsys, case, options=options)
+    found = judge(capsys, case, options=["--other-data", "--probe-seed=1"])  # as in what it claims
     assert found.fails.keys() == {*checks.split(", ")}, found.fails
 
 
@@ -190,15 +189,9 @@ def test_wrong_outputs_are_named(case, capsys, in_process):
 
 
 def test_predictions_that_are_not_finite(case, capsys, in_process):
-    """No mass on the BOS, which is never a target within a sequence's first half."""
-    case.append_code(
-        "def changed(log_probs):\n    def sparse(tokens):\n        out = log_probs(tokens)\n"
-        "        unlikely = out < -9\n        return out.masked_fill(unlikely, -math.inf)\n    return sparse\n" + WRAP
-    )
-    path = case.path / "final" / "members.json"
-    assert path.exists()
-    found = judge(capsys, case)
-    assert found.fails == {} or "not finite" in found.fails["probabilities"]
+    code = "def changed(log_probs):\n    return lambda tokens: log_probs(tokens).index_fill(-1, torch.tensor(5), -math.inf)\n"
+    case.append_code(code + WRAP)
+    assert "not finite" in judge(capsys, case).fails["probabilities"]
 
 
 # ------------------------------------------------------------------------------------------------- cheats with the data
@@ -222,21 +215,17 @@ def test_other_data_than_the_run_names(case, data_dir, tmp_path, capsys, in_proc
 
 
 def test_validation_that_is_cut_short(case, capsys, in_process):
-    """The claims of the first 20 sequences, exactly."""
-    run, judge_ = referee.open_folders([case.path])[0][0], referee.Judge(referee.Options(other_data=True))
+    """The claims of the first 20 sequences, exactly; then as a setting, which a record cannot have."""
     case.configure(val_sequences=20)
-    found = referee.score_run(referee.open_folders([case.path])[0][0], judge_).scores["val"]
-    case.configure(val_sequences=run.config["val_sequences"])
-    overrides = case.read("config.json")["overrides"]
-    del overrides["val_sequences"]
-    case.edit("config.json", overrides=overrides)
-    case.claim("val", found.loss, val_bpb=found.bpb, val_tokens=found.tokens, val_bytes=found.bytes)
+    case.claim_what_it_scores()
+    found = judge(capsys, case)
+    assert found.fails == {} and "cuts validation to 20 of 51" in found.texts("NOTE")["targets"]
+    case.configure(val_sequences=4864)
+    saved = case.read("config.json")
+    case.edit("config.json", overrides={k: v for k, v in saved["overrides"].items() if k != "val_sequences"})
     found = judge(capsys, case)
     assert found.fails.keys() == {"targets", "score"}
     assert "val_tokens is 640, of 51 sequences 1,632" in found.fails["targets"]
-    case.configure(val_sequences=20)
-    found = judge(capsys, case)
-    assert found.fails == {} and "cuts validation to 20 of 51" in found.texts("NOTE")["targets"]
 
 
 def test_wrong_byte_counts(case, capsys, in_process):
@@ -346,8 +335,6 @@ def test_a_stale_log(case, copy, capsys):
     shutil.copy(other.path / "log.txt", case.path / "log.txt")
     found = fails_static(capsys, case)
     assert found.keys() == {"log"} and "other training losses than metrics.jsonl" in found["log"]
-    shutil.copy(other.path / "metrics.jsonl", case.path / "metrics.jsonl")
-    assert fails_static(capsys, case).keys() == {"log", "losses", "clock"}
 
 
 def test_hyperparameters_that_are_not_in_the_script(case, capsys, in_process, monkeypatch, tmp_path):
@@ -437,11 +424,14 @@ def test_a_result_that_lacks_something(case, capsys):
     result = case.read("result.json")
     for name in referee.RESULT_KEYS:
         write_json(case.path / "result.json", {k: v for k, v in result.items() if k != name})
-        assert "completeness" in fails_static(capsys, case)
-    (case.path / "result.json").write_text("{")
-    assert "JSONDecodeError" in fails_static(capsys, case)["completeness"]
+        (run,), _ = referee.open_folders([case.path])
+        judgement = referee.Judge(referee.Options(other_data=True))
+        judgement.run_check("completeness", "run", referee.check_completeness, run, judgement)
+        assert judgement.findings[0].status == "FAIL" and name in judgement.findings[0].text
     (case.path / "result.json").unlink()
-    assert fails_static(capsys, case).keys() == {name for name, _ in referee.STATIC_CHECKS} | {"significance"}
+    found = fails_static(capsys, case)
+    assert found.keys() == {name for name, _ in referee.STATIC_CHECKS} | {"significance"}
+    assert "cannot be checked: FileNotFoundError" in found["completeness"]
 
 
 @pytest.mark.parametrize("split, check", [("val", "score"), ("holdout", "holdout")])
@@ -455,11 +445,13 @@ def test_a_claim_that_is_too_good(case, capsys, in_process, split, check):
 
 
 def test_weights_that_are_not_those_of_the_result(case, capsys, in_process):
-    (case.path / "final" / "epoch_01.safetensors").write_bytes(
-        (case.path / "final" / "epoch_02.safetensors").read_bytes()
-    )
+    """The last bit of one number is another."""
+    path = case.path / "final" / "epoch_01.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
     found = judge(capsys, case)
-    assert {"weights", "score"} == found.fails.keys() and "epoch_01.safetensors" in found.fails["weights"]
+    assert found.fails.keys() == {"weights"} and "epoch_01.safetensors" in found.fails["weights"]
 
 
 def test_weights_of_members_and_how_they_are_mixed(case, capsys, in_process):
@@ -498,7 +490,7 @@ def test_weights_of_members_and_how_they_are_mixed(case, capsys, in_process):
         (lambda path: (path / "code" / "cache.so").touch(), "code/cache.so is not a file of such a folder"),
         (lambda path: (path / "final" / "epoch_03.safetensors").write_bytes(b"\x80\x04K"), "not a safetensors file"),
         (lambda path: os.mkfifo(path / "scores"), "scores is not a regular file"),
-        (lambda path: (path / "code" / "table.py").write_text("x = 1\n" * 200_000), "code/ has 1."),
+        (lambda path: (path / "code" / "table.py").write_text(f"TABLE = {'1' * 10**6!r}"), "code/ has 1."),
     ],
 )
 def test_files_that_do_not_belong_there(case, capsys, change, said):
@@ -584,16 +576,19 @@ def test_significance_of_two_runs(copy, capsys, tmp_path, ahead, significant):
         (lambda case: case.edit("chains/chain_00/ledger.json", state="training"), "clock", "not all finished"),
         (lambda case: case.edit("chains/chain_00/ledger.json", seed=43), "clock", "seeds are [43, 43]"),
         (lambda case: case.edit("result.json", process_hours=0.0), "clock", "process_hours is 0.0"),
-        (lambda case: case.edit("result.json", as_declared=False), "eligibility", "readout is not the one"),
         (lambda case: case.replace("-01 ", "-00 ", "chains/chain_01/log.txt"), "log", "lines of chain_01/log.txt"),
     ],
 )
 def test_chains_that_are_wrong(copy, capsys, change, check, said):
     case = copy("unlimited")
     change(case)
-    assert (
-        said in (found := judge(capsys, case, options=STATIC)).fails.get(check, "") + found.texts("NOTE")["eligibility"]
-    )
+    assert said in fails_static(capsys, case)[check]
+
+
+def test_another_readout_than_declared_is_not_eligible(copy, capsys):
+    case = copy("unlimited")
+    case.edit("result.json", as_declared=False)
+    assert "the readout is not the one" in judge(capsys, case, options=STATIC).texts("NOTE")["eligibility"]
 
 
 def test_the_plan_of_a_run():
@@ -613,25 +608,30 @@ def test_the_plan_of_a_run():
 
 
 def test_a_hanging_run_is_stopped(case, capsys):
-    marker = case.path.parent / "pid"
-    case.append_code(
-        "def load_members(run_dir, device):\n    import subprocess\n"
-        f"    child = subprocess.Popen(['sleep', '60'])\n    Path({str(marker)!r}).write_text(str(child.pid))\n"
-        "    time.sleep(60)\n    yield\n"
-    )
-    (run,), _ = referee.open_folders([case.path])
-    options = referee.Options(other_data=True, time_limit_min=8 / 60)
-    with pytest.raises(referee.WorkerFailed, match="not scored in 0.133333 min: --time-limit-min allows more"):
-        referee.score_run(run, referee.Judge(options))
-    assert not alive(int(marker.read_text()))
+    case.append_code("def load_members(run_dir, device):\n    time.sleep(600)\n")
+    found = judge(capsys, case, options=["--other-data", "--time-limit-min", "0.06"])
+    assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
+    assert "it was not scored in 0.06 min: --time-limit-min allows more" in found.fails["score"]
+
+
+def test_what_the_worker_started_is_stopped_too(tmp_path, monkeypatch):
+    script = "import subprocess, time\nchild = subprocess.Popen(['sleep', '600'])\n"
+    (tmp_path / "worker.py").write_text(script + "open('pid', 'w').write(str(child.pid))\ntime.sleep(600)\n")
+    monkeypatch.setattr(referee, "WORKER", tmp_path / "worker.py")
+    with pytest.raises(referee.WorkerFailed):
+        referee.run_worker({"out": str(tmp_path)}, 1.0)
+    child = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        if not alive(child):
+            break
+        time.sleep(0.1)
+    assert not alive(child)
 
 
 def alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().split()[2] != "Z"
-    except OSError:
-        return False
+    """Whether a process runs; a dead one may wait for its parent."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return state != "" and not state.startswith("Z")
 
 
 def test_a_crashing_run_fails(case, capsys):
@@ -719,7 +719,8 @@ def test_bad_usage(tmp_path, capsys):
     assert stop.value.code == 2
 
 
-def test_the_official_constants():
-    assert (referee.OFFICIAL_SEQUENCES, hashlib.sha256(b"").digest_size) == (48804, 32)
-    assert referee.RULES.keys() == {*TRACKS, *UNLIMITED}
-    assert sha256_file(referee.ROOT / "train.py")
+def test_the_rules_are_those_of_the_scripts():
+    for track, module in (TRACKS | UNLIMITED).items():
+        config, rules = importlib.import_module(module).Config(), referee.RULES[track]
+        assert (rules.cap_min or 0, rules.sequences) == (config.time_cap_min, config.val_sequences)
+        assert config.sequence_len == referee.SEQUENCE_LEN and config.vocab_size == referee.GPT2
