@@ -31,7 +31,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +58,7 @@ from train import (  # noqa: E402
     load_data,
     sha256_file,
     token_byte_lengths,
+    write_json,
 )
 
 # ======================================================================================================================
@@ -122,7 +123,9 @@ CHAIN_FILE = r"chains/chain_\d+/(ledger\.json|log\.txt|metrics\.jsonl|curve\.png
 WEIGHTS_FILE = r"final/members\.json|((chains/chain_\d+/)?final|scores)/\w+\.safetensors"
 # result_*.json: what --select-only and --add-chains leave beside the result
 RUN_FOLDER = re.compile(rf"{CODE_FILE}|{RUN_FILE}|result_\w+\.json|{CHAIN_FILE}|{WEIGHTS_FILE}")
-SUBMITTED_FOLDER = re.compile(rf"README\.md|{CODE_FILE}|seed-\d+/({RUN_FILE}|{CHAIN_FILE}|(\S+/)?metrics\.jsonl\.gz)")
+SUBMITTED_FOLDER = re.compile(
+    rf"README\.md|{CODE_FILE}|seed-\d+/({RUN_FILE}|{CHAIN_FILE}|(chains/chain_\d+/)?metrics\.jsonl\.gz)"
+)
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".npz", ".ckpt", ".joblib"}
 
 # ======================================================================================================================
@@ -273,7 +276,9 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.status}  {self.check:13}  {self.run}  {self.text}"
+        """A line, whatever the run's files have in it."""
+        line = f"{self.status}  {self.check:13}  {self.run}  {self.text}"
+        return "".join(character if character.isprintable() else "?" for character in line)
 
 
 @dataclass
@@ -310,6 +315,7 @@ class Options:
     probe_seed: int = field(default_factory=lambda: int.from_bytes(os.urandom(4), "little"))
     records_dir: Path = RECORDS
     submission: bool = False  # also a single run is to be one
+    say: Callable[[Finding], None] = lambda finding: None  # is called with each finding at once
 
 
 class Judge:
@@ -330,9 +336,14 @@ class Judge:
             check.fails.append(str(error))
         except Exception as error:  # what strangers wrote can be wrong in any way
             check.fails.append(f"cannot be checked: {type(error).__name__}: {str(error)[:300]}")
-        status = "FAIL" if check.fails else "PASS"
-        self.findings.append(Finding(status, name, run, "; ".join(check.fails) or text))
-        self.findings += [Finding("NOTE", name, run, note) for note in check.notes]
+        self.add("FAIL" if check.fails else "PASS", name, run, "; ".join(check.fails) or text)
+        for note in check.notes:
+            self.add("NOTE", name, run, note)
+
+    def add(self, *parts: str) -> None:
+        """A finding: status, check, run, text."""
+        self.findings.append(Finding(*parts))
+        self.options.say(self.findings[-1])
 
     def data_dir(self, run: Folder) -> str:
         return self.options.data or run.config["data_dir"]
@@ -375,9 +386,8 @@ def check_files(check: Check, root: Path, allowed: re.Pattern) -> str:
     if allowed is SUBMITTED_FOLDER:
         check.need("README.md" in names, "README.md is missing")
         limit = submitted_mb(root)
-        check.need(
-            size["all"] <= limit * 1e6, f"the folder has {size['all'] / 1e6:.1f} MB, at most {limit} are allowed"
-        )
+        fits = size["all"] <= limit * 1e6
+        check.need(fits, f"the folder has {size['all'] / 1e6:.1f} MB, at most {limit} are allowed")
     return f"{len(names)} files, {size['all'] / 1e6:.1f} MB"
 
 
@@ -471,10 +481,8 @@ def check_code(check: Check, run: Folder, judge: Judge) -> str:
     check.need(not hidden, f"overrides are not what differs from the code's defaults: {hidden}")
     settings = {k: v for k, v in changed.items() if k not in OF_A_RUN | KERNELS}
     said = ", ".join(f"{k} {v!r} (default {defaults[k]!r})" for k, v in settings.items())
-    check.record_needs(
-        not settings,
-        f"hyperparameters that are not in the script: {said}: put them into its defaults, and run it again",
-    )
+    advice = "put them into its defaults, and run it again"
+    check.record_needs(not settings, f"hyperparameters that are not in the script: {said}: {advice}")
     harmless = ", ".join(sorted(changed.keys() - settings.keys())) or "none"
     return f"{found[:12]}, {len(defaults)} settings as in the code, overrides: {harmless}"
 
@@ -706,7 +714,7 @@ def check_eligibility(check: Check, run: Folder, judge: Judge) -> str:
     """What the run says of its eligibility follows from the facts, and a record is eligible."""
     claimed, because, reasons = run.result["eligible"], run.result["not_eligible_because"], reasons_against(run)
     said = "; ".join(reasons) or "nothing is against it"
-    check.need(claimed is not bool(reasons), f"eligible is {claimed}, but: {said}")
+    check.need(claimed is (not reasons), f"eligible is {claimed}, but: {said}")
     check.need(bool(because) is not claimed, f"eligible is {claimed}, not_eligible_because is {because}")
     check.record_needs(not reasons, f"not eligible as a record: {said}")
     return "it is eligible" if not reasons else "it says itself that it is not"
@@ -807,9 +815,8 @@ def run_worker(task: dict, time_limit_s: float) -> dict:
         try:
             code = process.wait(time_limit_s)
         except subprocess.TimeoutExpired:
-            raise WorkerFailed(
-                f"it was not scored in {time_limit_s / 60:g} min: --time-limit-min allows more"
-            ) from None
+            said = f"it was not scored in {time_limit_s / 60:g} min: --time-limit-min allows more"
+            raise WorkerFailed(said) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -908,28 +915,20 @@ def check_score(check: Check, run: Folder, judge: Judge) -> str:
     found = scored.scores["val"]
     check.notes += scored.notes
     expected = [1.0] if run.final["mixing"] == "weight" else [member["weight"] for member in run.members]
-    check.need(
-        len(expected) == len(scored.weights)
-        and all(close(a, b, 1e-9) for a, b in zip(expected, scored.weights, strict=True)),
-        f"load_members gave weights {scored.weights}, by members.json they are {expected}",
-    )
-    limit = f"at most {CLAIM_TOLERANCE} apart"
-    claimed = number(result["val_loss"])
+    agree = np.array_equal(np.shape(expected), np.shape(scored.weights)) and np.allclose(expected, scored.weights)
+    check.need(agree, f"load_members gave weights {scored.weights}, by members.json they are {expected}")
+    claimed, limit = number(result["val_loss"]), f"at most {CLAIM_TOLERANCE} apart"
     fits = close(claimed, found.loss, CLAIM_TOLERANCE)
     check.need(fits, f"val_loss {claimed:.5f} is claimed, {found.loss:.5f} found ({limit})")
-    check.need(
-        result["val_tokens"] == found.tokens, f"val_tokens {result['val_tokens']} is claimed, {found.tokens} found"
-    )
-    bpb = result["val_bpb"]
-    if bpb is None and found.bpb is not None:
-        check.need(result["val_bytes"] == 0, f"val_bytes {result['val_bytes']} is claimed without val_bpb")
-        check.note(f"bits per byte were left out by the run; found {found.bpb:.5f}")
-    elif bpb is not None:
-        check.need(found.bpb is not None and close(bpb, found.bpb, CLAIM_TOLERANCE),
-                   f"val_bpb {bpb} is claimed, {found.bpb} found ({limit})")  # fmt: skip
-        check.need(
-            result["val_bytes"] == found.bytes, f"val_bytes {result['val_bytes']} is claimed, {found.bytes} found"
-        )
+    bpb, counts = result["val_bpb"], {"val_tokens": found.tokens, "val_bytes": found.bytes}
+    if bpb is None:
+        check.note(f"the run left bits per byte out; found {found.bpb}")
+        counts["val_bytes"] = 0
+    else:
+        fits = found.bpb is not None and close(bpb, found.bpb, CLAIM_TOLERANCE)
+        check.need(fits, f"val_bpb {bpb} is claimed, {found.bpb} found ({limit})")
+    for name, count in counts.items():
+        check.need(result[name] == count, f"{name} {result[name]} is claimed, {count} found")
     check.need(not scored.changed, f"the scoring changed files of final/: {scored.changed}")
     bits = f", {found.bpb:.5f} bits per byte" if found.bpb is not None else ""
     return f"val_loss {found.loss:.5f} found, {claimed:.5f} claimed, over {found.tokens:,} targets{bits}"
@@ -976,9 +975,7 @@ def check_learning(check: Check, run: Folder, judge: Judge) -> str:
     """The members are after scoring what they were before."""
     scored = judge.scored[run.name]
     repeat, again, most = scored.worst("repeat"), scored.worst("again"), scored.tolerance
-    check.need(
-        repeat <= most, f"the same input is predicted otherwise after scoring, by up to {repeat:.2g}, not {most:g}"
-    )
+    check.need(repeat <= most, f"after scoring, the same input is predicted up to {repeat:.2g} otherwise, not {most:g}")
     check.need(again <= most, f"sequences that are scored again have other losses, by up to {again:.2g}, not {most:g}")
     return f"after scoring, predictions differ by {repeat:.1g}, losses by {again:.1g}, at most {most:g}"
 
@@ -1070,7 +1067,7 @@ def check_significance(check: Check, runs: list[Folder], judge: Judge) -> str:
     text += f"(rho - mu) sqrt(n) is {found:.5f}, at least {SIGNIFICANT} is needed"
     if found >= SIGNIFICANT - 1e-9:  # which rounding takes away
         return text
-    if n == 1 and not judge.options.submission:
+    if n == 1 and judge.submitted is None and not judge.options.submission:
         check.note(f"one run; a submission needs a mean {needed:.4f} below {rho}, or more seeds: {text}")
         return f"val_loss {mu:.5f}"
     check.need(False, text)
@@ -1102,7 +1099,8 @@ def judge_run(run: Folder, judge: Judge) -> None:
     except Exception as error:  # each check that needs the scores fails with it
         said = str(error) if isinstance(error, WorkerFailed) else f"{type(error).__name__}: {str(error)[:300]}"
         text = f"cannot be checked, as the run is not scored: {said}"
-        judge.findings += [Finding("FAIL", name, run.name, text) for name, _ in SCORE_CHECKS]
+        for name, _ in SCORE_CHECKS:
+            judge.add("FAIL", name, run.name, text)
         return
     for name, function in SCORE_CHECKS:
         judge.run_check(name, run.name, function, run, judge)
@@ -1123,7 +1121,7 @@ def judge_folders(paths: list[Path], options: Options) -> Judge:
     if judge.options.static:
         why = "a submitted folder has no weights" if submitted else "--static"
         left = ", ".join(check for check, _ in (*DATA_CHECKS, *SCORE_CHECKS))
-        judge.findings.append(Finding("NOTE", "not made", name, f"{left} ({why})"))
+        judge.add("NOTE", "not made", name, f"{left} ({why})")
     return judge
 
 
@@ -1179,19 +1177,19 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 nothing fails, 1 something does, 2 refused."""
     arguments = vars(parse_arguments(argv))
     folders, json_to = arguments.pop("folders"), arguments.pop("json")
+    if json_to != "-":
+        arguments["say"] = partial(print, flush=True)
     try:
-        judge = judge_folders(folders, Options(**arguments))
-        found = report(judge)
-        if json_to not in (None, "-"):
-            Path(json_to).write_text(json.dumps(found, indent=1) + "\n")
+        found = report(judge_folders(folders, Options(**arguments)))
+        if json_to == "-":
+            print(json.dumps(found, indent=1))
+        else:
+            print(f"verdict: {found['verdict']}")
+            if json_to:
+                write_json(Path(json_to), found)
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 2
-    if json_to == "-":
-        print(json.dumps(found, indent=1))
-    else:
-        print(*judge.findings, sep="\n")
-        print(f"verdict: {found['verdict']}")
     return 0 if found["ok"] else 1
 
 

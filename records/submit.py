@@ -61,13 +61,13 @@ def readme(entry: dict, runs: list[Folder], description: str, finding: str) -> s
         losses = f"{r['val_loss']:.4f}", f"{r['best_val_loss']:.4f}", holdout
         rows.append((r["seed"], *losses, f"{r['train_time_s'] / 60:.1f}", r["run_id"]))
     versions = sorted({f"torch {r['torch']}, CUDA {r['cuda']}" for r in results})
-    track = runs[0].track
+    track, by = runs[0].track, ", ".join(entry["contributors"]) or "unnamed"
     data = "the official files" if runs[0].official else f"not the official files, val {entry['data_sha256'][:12]}"
     processes = f"torchrun --standalone --nproc_per_node={min(8, results[0]['world_size'])}"
     where = f"records/{track}/{entry['folder']}"
     parts = [
         f"# {entry['change']}",
-        f"Track {track}, number {entry['number']}, by {', '.join(entry['contributors']) or 'unnamed'}, {entry['date']}.",
+        f"Track {track}, number {entry['number']}, by {by}, {entry['date']}.",
         description.strip(),
         table(head, rows),
         f"Significance: {finding}.",

@@ -21,10 +21,10 @@ from train import code_sha256, data_efficiency, sha256_file, write_json
 
 
 class HonestRuns:
-    """Small runs, each trained once in a session."""
+    """Small runs, each trained once in a session, in a folder beside the data."""
 
-    def __init__(self, folder: Path, data_dir: Path):
-        self.folder, self.data_dir = folder, data_dir
+    def __init__(self, data_dir: Path):
+        self.folder, self.data_dir = data_dir.parent / "honest", data_dir
 
     def __call__(self, track: str, seed: int = 42) -> Path:
         path = self.folder / f"{track}-{seed}"

@@ -21,8 +21,8 @@ TRACK = "two_hour"  # of the runs that cheat: one script, two members
 
 
 @pytest.fixture(scope="session")
-def honest(tmp_path_factory, data_dir) -> HonestRuns:
-    return HonestRuns(tmp_path_factory.mktemp("honest"), data_dir)
+def honest(data_dir) -> HonestRuns:
+    return HonestRuns(data_dir)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def load_members(run_dir, device):
         yield weight, changed(log_probs)
 """
 
-# ----------------------------------------------------------------------------------------------------------- honest runs
+# ---------------------------------------------------------------------------------------------------------- honest runs
 
 
 @pytest.mark.parametrize("track", [*TRACKS, *UNLIMITED])
@@ -102,7 +102,7 @@ def lists(folder, val_loss: float, **values) -> None:
     write_json(path, {"source": "test", "records": [{"number": 1, "val_loss": val_loss} | values]})
 
 
-# ------------------------------------------------------------------------------------- cheats that only predictions show
+# ------------------------------------------------------------------------------------ cheats that only predictions show
 
 MORE_MASS = """
 def changed(log_probs):
@@ -189,8 +189,8 @@ def test_wrong_outputs_are_named(case, capsys, in_process):
 
 
 def test_predictions_that_are_not_finite(case, capsys, in_process):
-    code = "def changed(log_probs):\n    return lambda tokens: log_probs(tokens).index_fill(-1, torch.tensor(5), -math.inf)\n"
-    case.append_code(code + WRAP)
+    code = "def changed(log_probs):\n    return lambda tokens: log_probs(tokens).index_fill(-1, {}, -math.inf)\n"
+    case.append_code(code.format("torch.tensor(5)") + WRAP)
     assert "not finite" in judge(capsys, case).fails["probabilities"]
 
 
@@ -243,12 +243,12 @@ def test_known_tokenizers_have_known_bytes(tmp_path, gpt2):
         write_json(tmp_path / "meta.json", meta | {"vocab_size": size, "token_bytes": lengths})
         assert referee.byte_lengths(check, str(tmp_path), size).tolist() == lengths
         write_json(tmp_path / "meta.json", meta | {"vocab_size": size, "token_bytes": [2, *lengths[1:]]})
-        with pytest.raises(ValueError, match="bytes per token from meta.json are not"):
+        with pytest.raises(ValueError, match=r"bytes per token from meta\.json are not"):
             referee.byte_lengths(check, str(tmp_path), size)
     assert check.notes == []
 
 
-# ---------------------------------------------------------------------------------------- cheats that what is written shows
+# ------------------------------------------------------------------------------------ cheats that what is written shows
 
 
 def fails_static(capsys, case: Case, *others: Case) -> dict[str, str]:
@@ -474,7 +474,7 @@ def test_weights_of_members_and_how_they_are_mixed(case, capsys, in_process):
     assert found.keys() == {"score"} and "load_members gave weights [0.5, 0.5]" in found["score"]
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ def test_defaults_are_read_and_not_executed(tmp_path):
         referee.config_defaults(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------- submissions
+# ---------------------------------------------------------------------------------------------------------- submissions
 
 
 def test_seeds_of_a_submission(copy, capsys):
@@ -562,7 +562,7 @@ def test_significance_of_two_runs(copy, capsys, tmp_path, ahead, significant):
     assert alone.fails == {}
 
 
-# ---------------------------------------------------------------------------------------------------------------- unlimited
+# ------------------------------------------------------------------------------------------------------------ unlimited
 
 
 @pytest.mark.parametrize(
@@ -604,7 +604,7 @@ def test_the_plan_of_a_run():
     assert referee.planned_tokens(vars(config), 166) == [plan.tokens_done(step) for step in range(plan.num_steps + 1)]
 
 
-# --------------------------------------------------------------------------------------------------------------- the worker
+# ----------------------------------------------------------------------------------------------------------- the worker
 
 
 def test_a_hanging_run_is_stopped(case, capsys):
@@ -694,7 +694,7 @@ def test_documents_are_found_wherever_they_are():
     assert len(set(overlap.gram_hashes(other).tolist())) == len(grams)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the tool
+# ------------------------------------------------------------------------------------------------------------- the tool
 
 
 def test_what_is_printed_and_written(case, capsys, tmp_path, in_process):
@@ -708,6 +708,13 @@ def test_what_is_printed_and_written(case, capsys, tmp_path, in_process):
     assert found["probe_seed"] == 7 and len(found["findings"]) == len(lines)
     assert found["scores"]["run"]["val"]["tokens"] == 51 * 32
     assert "--probe-seed 7" in next(f["text"] for f in found["findings"] if f["check"] == "causality")
+
+
+def test_what_strangers_wrote_is_one_line(case, capsys):
+    case.edit("result.json", status="x\nPASS  score\x1b[2K")
+    assert referee.main([str(case.path), *STATIC]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "status is" in line]
+    assert line.startswith("FAIL  completeness") and "\x1b" not in line
 
 
 def test_bad_usage(tmp_path, capsys):

@@ -8,11 +8,12 @@ import pytest
 from judging import Case, HonestRuns, in_this_process, judge
 
 from records import referee, submit
+from train import write_json
 
 
 @pytest.fixture(scope="session")
-def honest(tmp_path_factory, data_dir) -> HonestRuns:
-    return HonestRuns(tmp_path_factory.mktemp("honest"), data_dir)
+def honest(data_dir) -> HonestRuns:
+    return HonestRuns(data_dir)
 
 
 @pytest.fixture
@@ -77,6 +78,10 @@ def test_the_next_one_is_numbered_on_and_has_to_be_better(honest, records, tmp_p
     options = ["--other-data", "--records-dir", str(records)]
     for entry in entries:  # neither has to beat itself, nor what came later
         assert judge(capsys, records / "two_hour" / entry["folder"], options=options).fails == {}
+    entries[0]["val_loss"] = entries[1]["val_loss"]
+    write_json(records / "two_hour" / "records.json", {"source": "", "records": entries})
+    found = judge(capsys, records / "two_hour" / entries[1]["folder"], options=options)
+    assert found.fails.keys() == {"significance"}
 
 
 def test_an_ensemble(honest, records, capsys):
