@@ -328,7 +328,10 @@ class Judge:
         self.scored: dict[str, Scored] = {}
 
     def run_check(self, name: str, run: str, function: Callable[..., str], *arguments) -> None:
-        """Call function(check, ...) -> what was found; what it cannot find, for whatever reason, fails."""
+        """Call function(check, ...) -> what was found, empty if only its notes say something.
+
+        What it cannot find, for whatever reason, fails.
+        """
         check, text = Check(self.options.other_data), ""
         try:
             text = function(check, *arguments)
@@ -336,7 +339,8 @@ class Judge:
             check.fails.append(str(error))
         except Exception as error:  # what strangers wrote can be wrong in any way
             check.fails.append(f"cannot be checked: {type(error).__name__}: {str(error)[:300]}")
-        self.add("FAIL" if check.fails else "PASS", name, run, "; ".join(check.fails) or text)
+        if check.fails or text or not check.notes:
+            self.add("FAIL" if check.fails else "PASS", name, run, "; ".join(check.fails) or text)
         for note in check.notes:
             self.add("NOTE", name, run, note)
 
@@ -505,7 +509,8 @@ def check_log(check: Check, run: Folder, judge: Judge) -> str:
     for part in run.parts:
         where = f"{part.name}/log.txt".lstrip("/")
         printed = {int(m[1]): m for line in part.log if (m := STEP_LINE.search(line))}  # the last, if it was resumed
-        check.need(printed, f"{where} has no line of a step")
+        few = len(part.steps) < run.config["log_every"]
+        check.need(printed or few, f"{where} has no line of a step")
         losses = {line["step"]: line["train_loss"] for line in part.steps}
         beyond = [step for step in printed if step not in losses]
         check.need(not beyond, f"{where} has steps that metrics.jsonl has not: {beyond[:5]}")
@@ -940,7 +945,7 @@ def check_holdout(check: Check, run: Folder, judge: Judge) -> str:
     if "holdout" not in scores:
         said = "" if claimed is None else f"; the claim of {claimed} was not checked"
         check.note(f"{judge.data_dir(run)} has no holdout{said}")
-        return "there is none"
+        return ""
     found, gap = scores["holdout"].loss, scores["holdout"].loss - scores["val"].loss
     check.need(gap <= HOLDOUT_GAP, f"{found:.4f}, {gap:.4f} nats above val: at most {HOLDOUT_GAP} is needed")
     if claimed is None:
@@ -1042,8 +1047,8 @@ def check_copies(check: Check, runs: list[Folder], judge: Judge) -> str:
 def best_so_far(run: Folder, judge: Judge) -> dict | None:
     """The entry of the list that is to be beaten; None if there is none. A listed folder need not beat itself."""
     path = judge.options.records_dir / run.track / "records.json"
-    require(path.exists(), f"{path} not found: --records-dir names the folder with the lists")
-    entries = json.loads(path.read_text())["records"]
+    require(path.exists() or not run.official, f"{path} not found: --records-dir names the folder with the lists")
+    entries = json.loads(path.read_text())["records"] if path.exists() else []
     if judge.submitted and (number_of := re.match(r"(\d+)-", judge.submitted.resolve().name)):
         entries = [entry for entry in entries if entry["number"] < int(number_of[1])]
     if not run.official:
@@ -1054,13 +1059,10 @@ def best_so_far(run: Folder, judge: Judge) -> dict | None:
 def check_significance(check: Check, runs: list[Folder], judge: Judge) -> str:
     """n runs with mean mu beat the best so far, rho, if (rho - mu) sqrt(n) >= 0.0047."""
     n, mu = len(runs), sum(number(run.result["val_loss"]) for run in runs) / len(runs)
-    if not runs[0].official and not (judge.options.records_dir / runs[0].track / "records.json").exists():
-        check.record_needs(False, "no list of records on these data to compare with")
-        return f"mean val_loss {mu:.5f}"
     best = best_so_far(runs[0], judge)
     if best is None:
-        check.record_needs(False, "no record on these data to compare with")
-        return f"mean val_loss {mu:.5f}"
+        check.record_needs(False, f"mean val_loss {mu:.5f}; no record on these data to compare with")
+        return ""
     rho = number(best["val_loss"])
     found, needed = (rho - mu) * math.sqrt(n), SIGNIFICANT / math.sqrt(n)
     text = f"mean {mu:.5f} of {n} runs, the best so far is {rho} (number {best['number']}): "
@@ -1069,9 +1071,9 @@ def check_significance(check: Check, runs: list[Folder], judge: Judge) -> str:
         return text
     if n == 1 and judge.submitted is None and not judge.options.submission:
         check.note(f"one run; a submission needs a mean {needed:.4f} below {rho}, or more seeds: {text}")
-        return f"val_loss {mu:.5f}"
+        return ""
     check.need(False, text)
-    return ""
+    return text
 
 
 SUBMISSION_CHECKS = [

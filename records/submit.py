@@ -183,7 +183,7 @@ def submit(arguments: argparse.Namespace) -> int:
     if referee.report(judge)["ok"]:
         runs.sort(key=lambda run: run.config["seed"])
         entry = make_entry(runs, max(numbers, default=0) + 1, arguments.title, arguments.by)
-        significance = next(f.text for f in judge.findings[::-1] if f.check == "significance" and f.status == "PASS")
+        significance = next(f.text for f in judge.findings[::-1] if f.check == "significance")
         text = readme(entry, runs, description, significance)
         path.parent.mkdir(parents=True, exist_ok=True)
         judge = write_record(entry, runs, text, path, listed, options)
