@@ -270,6 +270,8 @@ def open_folders(paths: list[Path]) -> tuple[list[Folder], Path | None]:
 
 @dataclass(frozen=True)
 class Finding:
+    """What a check says of a run."""
+
     status: str  # PASS, FAIL or NOTE
     check: str
     run: str

@@ -16,6 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def run(task: dict) -> dict:
     measured: list[dict] = []
     probabilities = {name: torch.zeros(rows[:, 1:].shape, dtype=torch.float64) for name, rows in splits.items()}
     with script(run_dir) as module, torch.no_grad():
-        load = lambda: module.load_members(run_dir, device)  # noqa: E731
+        load = partial(module.load_members, run_dir, device)
         inner = [Predictor(None, V, device) for _ in range(task["members"])]
         if logits:
             weights = [float(weight) for weight, _ in load()]

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -168,8 +169,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def submit(arguments: argparse.Namespace) -> int:
+    """Judge, and write what is not refused -> the exit code. ValueError if it cannot be tried."""
     options = {name: getattr(arguments, name) for name in ("data", "other_data", "device", "time_limit_min")}
-    options = Options(**options, records_dir=arguments.records_dir, submission=True)
+    options = Options(**options, records_dir=arguments.records_dir, submission=True, say=partial(print, flush=True))
     elsewhere = arguments.records_dir.resolve() != referee.RECORDS
     said = "--other-data needs a --records-dir of its own: the repository lists results on FineWeb only"
     require(elsewhere or not arguments.other_data, said)
@@ -187,11 +189,8 @@ def submit(arguments: argparse.Namespace) -> int:
         text = readme(entry, runs, description, significance)
         path.parent.mkdir(parents=True, exist_ok=True)
         judge = write_record(entry, runs, text, path, listed, options)
-    for finding in judge.findings:
-        if finding.status == "FAIL":
-            print(finding)
     if not referee.report(judge)["ok"]:
-        print("verdict: REFUSED, nothing was written; records/referee.py shows all checks")
+        print(f"verdict: {referee.verdict(judge)}; nothing was written")
         return 1
     folder = path.parent / entry["folder"]
     print(f"{folder} made: val_loss {entry['val_loss']:.5f}, number {entry['number']} of {path}")

@@ -32,8 +32,7 @@ class HonestRuns:
             values = SMALL[track] | {"data_dir": str(self.data_dir), "runs_dir": str(self.folder), "device": "cpu"}
             script = importlib.import_module((TRACKS | UNLIMITED)[track])
             with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-                draw = lambda figure, path, **style: Path(path).write_bytes(b".")  # noqa: E731
-                patch.setattr("matplotlib.figure.Figure.savefig", draw)
+                patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **style: path.write_bytes(b"."))
                 assert script.main(flags(**values, seed=seed, run_name=path.name)) == 0
         return path
 

@@ -354,6 +354,13 @@ def test_a_stale_log(case, copy, capsys):
     assert found.keys() == {"log"} and "other training losses than metrics.jsonl" in found["log"]
 
 
+def test_a_short_run_need_not_print_a_step(case, capsys):
+    case.replace(r"^.* step \d+/11 \| train .*\n", "")
+    assert "has no line of a step" in fails_static(capsys, case)["log"]
+    case.configure(log_every=50)
+    assert fails_static(capsys, case) == {}
+
+
 def test_hyperparameters_that_are_not_in_the_script(case, capsys, in_process, monkeypatch, tmp_path):
     make_record(case, monkeypatch)
     lists(tmp_path, 4.5)

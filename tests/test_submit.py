@@ -63,7 +63,7 @@ def test_the_next_one_is_numbered_on_and_has_to_be_better(honest, records, tmp_p
     before = files(records)
     assert make(records, honest("two_hour"), title="again") == 1
     output = capsys.readouterr().out
-    assert "FAIL  significance" in output and "REFUSED, nothing was written" in output
+    assert "FAIL  significance" in output and "REFUSED, 1 of the checks fail; nothing was written" in output
     assert files(records) == before and list(records.rglob(".*")) == []
     better = Case(shutil.copytree(honest("two_hour"), tmp_path / "better"))
     better.append_code(
