@@ -1,0 +1,210 @@
+"""The worker of records/referee.py: predicts with a run's own code and writes down what it measured. No verdict.
+
+    python records/score.py TASK.json      # writes found.json, val.npy and holdout.npy beside it
+
+It runs in a process of its own, with a time limit, without gradients and without bytecode of the run's folder. That
+isolates the referee from crashes and hangs, NOT from malice: the run's code can do what its user can. Of this
+repository it imports nothing; the run's code/train.py must offer load_members(run_dir, device), an iterator of
+(weight, callable) in which a callable maps tokens (B, T) int64 to log-probabilities (B, T, V) float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BATCH_BYTES = 2**31  # of log-probabilities at a time
+LOGIT_BATCH_BYTES = 2**33  # the same on a GPU, where each batch loads all members: fewer batches
+PROBE_SEQUENCES, PROBE_POSITIONS = 4, 16
+
+
+class Wrong(Exception):
+    """The run's code returned something else than log-probabilities."""
+
+
+@contextlib.contextmanager
+def script(run_dir: Path):
+    """code/train.py of a run as a module, which finds its neighbours first. Modules of the caller stay as they are."""
+    code, path, bytecode = run_dir / "code", list(sys.path), sys.dont_write_bytecode
+    own = {file.stem for file in code.glob("*.py")} | {"judged_train"}
+    others = {name: sys.modules.pop(name) for name in own & sys.modules.keys()}
+    sys.path.insert(0, str(code))
+    sys.dont_write_bytecode = True
+    try:
+        spec = importlib.util.spec_from_file_location("judged_train", code / "train.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path[:], sys.dont_write_bytecode = path, bytecode
+        for name in own & sys.modules.keys():
+            del sys.modules[name]
+        sys.modules.update(others)
+
+
+class Predictor:
+    """What a callable predicts, checked at every position: shape, type, finite, probabilities that sum to 1."""
+
+    def __init__(self, log_probs: Callable, vocab_size: int, device: torch.device):
+        self.log_probs, self.vocab_size, self.device = log_probs, vocab_size, device
+        self.sum_error, self.not_finite = 0.0, 0  # largest |log of the sum|; positions
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, V) float32 on the device."""
+        out, shape = self.log_probs(tokens.clone().to(self.device)), (*tokens.shape, self.vocab_size)
+        if not isinstance(out, Tensor) or out.dtype != torch.float32 or out.shape != shape:
+            said = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise Wrong(f"a callable of load_members returned {said}, not torch.float32 {shape}")
+        out = out.to(self.device)
+        self.not_finite += int((~out.isfinite()).any(-1).sum())
+        self.sum_error = max(self.sum_error, largest(out.logsumexp(-1)))
+        return out
+
+
+def largest(difference: Tensor) -> float:
+    """Largest magnitude; infinite if something is not a number."""
+    return float(difference.abs().nan_to_num(nan=math.inf).max()) if difference.numel() else 0.0
+
+
+def mixture_of_logits(load_members: Callable, device: torch.device, vocab_size: int, inner: list[Predictor]):
+    """One callable for members whose logits are averaged: each batch iterates load_members anew, which is slow."""
+
+    def log_probs(tokens: Tensor) -> Tensor:
+        total = torch.zeros((*tokens.shape, vocab_size), device=device)
+        for i, (weight, member) in enumerate(load_members()):
+            inner[i].log_probs = member
+            total.add_(inner[i](tokens), alpha=weight)
+        return total.log_softmax(-1)
+
+    return log_probs
+
+
+class Judged:
+    """The measurements of one predictor. All its batches have one shape, so that only their content can matter."""
+
+    def __init__(self, predict: Predictor, batch: int, seed: int):
+        self.predict, self.batch, self.random = predict, batch, np.random.RandomState(seed)
+        self.found = {"causality": 0.0, "company": 0.0, "repeat": 0.0, "again": 0.0}
+
+    def worst(self, name: str, difference: Tensor) -> None:
+        self.found[name] = max(self.found[name], largest(difference))
+
+    def noise(self, *shape: int) -> Tensor:
+        """Random tokens."""
+        return torch.from_numpy(self.random.randint(self.predict.vocab_size, size=shape))
+
+    def fill(self, rows: Tensor) -> Tensor:
+        """Rows and random ones, a batch."""
+        return torch.cat([rows, self.noise(self.batch - len(rows), rows.size(1))])
+
+    def nats(self, sequences: Tensor) -> Tensor:
+        """(n, T + 1) -> (n, T) float64, nats of each target."""
+        result = []
+        for rows in sequences.split(self.batch):
+            out = self.predict(self.fill(rows[:, :-1]))[: len(rows)]
+            targets = rows[:, 1:, None].to(out.device)
+            result.append(-out.gather(-1, targets)[..., 0].double().cpu())
+        return torch.cat(result)
+
+    def probe(self, rows: Tensor) -> Tensor:
+        """Measure causality and company on rows (k, T) -> their predictions (k, T, V)."""
+        T, batch = rows.size(1), self.fill(rows)
+        base = self.predict(batch)[: len(rows)]
+        positions = self.random.choice(T - 1, min(PROBE_POSITIONS, T - 1), replace=False)
+        for i, row in enumerate(rows):
+            others = self.noise(*batch.shape)
+            others[i] = row
+            self.worst("company", self.predict(others)[i] - base[i])
+            for some in np.array_split(positions, math.ceil(len(positions) / self.batch)):
+                variants = row.repeat(len(some), 1)
+                for variant, t in zip(variants, some, strict=True):
+                    variant[t + 1 :] = self.noise(T - t - 1)
+                for out, t in zip(self.predict(self.fill(variants)), some, strict=False):
+                    self.worst("causality", out[: t + 1] - base[i, : t + 1])
+        return base
+
+    def score_again(self, sequences: Tensor, nats: Tensor) -> None:
+        """Some that were scored once more: in another order and company, and with other tokens at their ends."""
+        count, T = min(self.batch, len(sequences)), sequences.size(1) - 1
+        chosen = [0, *(1 + self.random.permutation(len(sequences) - 1)[: count - 1])][::-1]
+        t = int(self.random.randint(T // 2, T - 1))
+        altered = sequences[chosen].clone()
+        altered[:, t + 1 : -1] = self.noise(count, T - t - 1)
+        out = self.predict(self.fill(altered[:, :-1]))[:count, :t]
+        targets = altered[:, 1 : t + 1, None].to(out.device)
+        self.worst("again", -out.gather(-1, targets)[..., 0].double().cpu() - nats[chosen][:, :t])
+
+    def score(self, splits: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All measurements -> nats by split."""
+        val = splits["val"]
+        rows = val[self.random.permutation(len(val))[:PROBE_SEQUENCES], :-1]
+        base = self.probe(rows)
+        nats = {"val": self.nats(val)}
+        self.score_again(val, nats["val"])
+        nats |= {name: self.nats(sequences) for name, sequences in splits.items() if name != "val"}
+        self.worst("repeat", self.predict(self.fill(rows))[: len(rows)] - base)
+        return nats
+
+
+def run(task: dict) -> dict:
+    """Score a run. task: run_dir, device, vocab_size, mixing, members (how many), probe_seed, splits, out.
+
+    splits: name -> file of sequences (n, T + 1). Writes out/<split>.npy, nats (n, T) float64 of the mixture. Returns
+    device, weights as load_members gave them, and per callable what was measured; or wrong, what it returned instead.
+    """
+    run_dir, device, V = Path(task["run_dir"]), torch.device(task["device"]), task["vocab_size"]
+    splits = {name: torch.from_numpy(np.load(path)) for name, path in task["splits"].items()}
+    logits = task["mixing"] == "logit"
+    budget = LOGIT_BATCH_BYTES if logits and device.type == "cuda" else BATCH_BYTES
+    batch = max(PROBE_SEQUENCES, min(32, budget // (4 * V * (splits["val"].size(1) - 1))))
+    weights: list[float] = []
+    measured: list[dict] = []
+    probabilities = {name: torch.zeros(rows[:, 1:].shape, dtype=torch.float64) for name, rows in splits.items()}
+    with script(run_dir) as module, torch.no_grad():
+        load = partial(module.load_members, run_dir, device)
+        inner = [Predictor(None, V, device) for _ in range(task["members"])]
+        if logits:
+            weights = [float(weight) for weight, _ in load()]
+        members = [(1.0, mixture_of_logits(load, device, V, inner))] if logits else load()
+        try:
+            for weight, log_probs in members:
+                judged = Judged(Predictor(log_probs, V, device), batch, task["probe_seed"])
+                nats = judged.score(splits)
+                for name, own in nats.items():
+                    probabilities[name].add_((-own).exp(), alpha=float(weight))
+                measured.append(predictions(judged, inner if logits else []))
+                weights += [] if logits else [float(weight)]
+        except Wrong as wrong:
+            return {"wrong": str(wrong)}
+    for name, mixed in probabilities.items():
+        np.save(Path(task["out"]) / f"{name}.npy", (-mixed.log()).numpy())
+    return {"device": device.type, "weights": weights, "measured": measured}
+
+
+def predictions(judged: Judged, inner: list[Predictor]) -> dict:
+    """What was measured of a callable, with that of those inside it."""
+    all_of_them = [judged.predict, *inner]
+    sums = {"sum_error": max(p.sum_error for p in all_of_them), "not_finite": sum(p.not_finite for p in all_of_them)}
+    return judged.found | sums
+
+
+def main(argv: list[str] | None = None) -> int:
+    (path,) = sys.argv[1:] if argv is None else argv
+    task = json.loads(Path(path).read_text())
+    sys.path.pop(0)  # of this file
+    (Path(task["out"]) / "found.json").write_text(json.dumps(run(task)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Makes a record from run folders, if the referee finds nothing against them.
+
+    python records/submit.py runs/a runs/b runs/c --title "Meta-gradient" --by name,name --description change.md
+
+Judges the runs as one submission, writes records/<track>/<number>-<title>/ (code, and what each run wrote, without
+weights), adds it to records/<track>/records.json, and says what to do next. All or nothing: a refused or interrupted
+submission leaves nothing behind. Exit code: 0 made, 1 the referee refuses it, 2 it cannot be called like that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import re
+import shutil
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import require  # noqa: E402
+from records import referee  # noqa: E402
+from records.referee import Folder, Judge, Options  # noqa: E402
+from train import read_json, write_json  # noqa: E402
+
+FILES = ("config.json", "result.json", "metrics.jsonl", "log.txt", "curve.png")  # of a run
+CHAIN_FILES = ("ledger.json", "metrics.jsonl", "log.txt", "curve.png")
+
+
+def read_list(path: Path, other_data: bool) -> dict:
+    """The track's list of records; an empty one where other data have none yet. ValueError if it is not there."""
+    if not path.exists() and other_data:
+        return {"source": "runs on other data", "records": []}
+    require(path.exists(), f"{path} not found: --records-dir names the folder with the lists")
+    return read_json(path, {"source", "records"}, "take it from the repository again")
+
+
+def slug(title: str) -> str:
+    """A title as the name of a folder."""
+    words = "-".join(re.findall(r"[a-z0-9]+", title.lower()))[:48].strip("-")
+    require(words, f"--title {title!r} has no letter or digit")
+    return words
+
+
+def table(head: tuple, rows: list[tuple]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def readme(entry: dict, runs: list[Folder], description: str, finding: str) -> str:
+    """README.md of a submitted folder."""
+    results = [run.result for run in runs]
+    head = ("seed", "val_loss", "best", "holdout", "minutes", "run")
+    rows = []
+    for r in results:
+        holdout = "" if r["holdout_loss"] is None else f"{r['holdout_loss']:.4f}"
+        losses = f"{r['val_loss']:.4f}", f"{r['best_val_loss']:.4f}", holdout
+        rows.append((r["seed"], *losses, f"{r['train_time_s'] / 60:.1f}", r["run_id"]))
+    versions = sorted({f"torch {r['torch']}, CUDA {r['cuda']}" for r in results})
+    track, by = runs[0].track, ", ".join(entry["contributors"]) or "unnamed"
+    data = "the official files" if runs[0].official else f"not the official files, val {entry['data_sha256'][:12]}"
+    processes = f"torchrun --standalone --nproc_per_node={min(8, results[0]['world_size'])}"
+    where = f"records/{track}/{entry['folder']}"
+    parts = [
+        f"# {entry['change']}",
+        f"Track {track}, number {entry['number']}, by {by}, {entry['date']}.",
+        description.strip(),
+        table(head, rows),
+        f"Significance: {finding}.",
+        f"On {entry['hardware']}; {'; '.join(versions)}; data: {data}.",
+        f"Run it again:\n\n```sh\n{processes} {where}/code/train.py --seed 42\n```",
+        f"Check this folder: `python records/referee.py {where}`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def pack(path: Path) -> None:
+    """Replace a file by file.gz, the same bytes for the same content."""
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+    path.unlink()
+
+
+def copy_run(run: Folder, folder: Path) -> None:
+    """What a run wrote, without weights; the metrics of chains packed."""
+    parts = [(run.path, folder, FILES)]
+    if run.track == "unlimited":
+        parts += [(part.path, folder / "chains" / part.name, CHAIN_FILES) for part in run.parts]
+    for source, target, names in parts:
+        target.mkdir(parents=True)
+        for name in names:
+            if name != "curve.png" or (source / name).exists():  # a full disk leaves a run without it
+                shutil.copyfile(source / name, target / name)
+        if names is CHAIN_FILES:
+            pack(target / "metrics.jsonl")
+
+
+def shrink(folder: Path) -> None:
+    """Bring a folder under its limit: pack the metrics, then drop the curves, which can be drawn from them."""
+
+    def too_large() -> bool:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return size > referee.submitted_mb(folder) * 1e6
+
+    for pattern, change in (("metrics.jsonl", pack), ("curve.png", Path.unlink)):
+        if too_large():
+            for path in list(folder.rglob(pattern)):
+                change(path)
+
+
+def make_entry(runs: list[Folder], number: int, title: str, by: str) -> dict:
+    """The entry of records.json."""
+    results = [run.result for run in runs]
+    return {
+        "number": number,
+        "kind": "verified",
+        "val_loss": mean(r["val_loss"] for r in results),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "minutes": round(mean(r["train_time_s"] for r in results) / 60, 2),
+        "time_is_approximate": False,
+        "hardware": f"{results[0]['world_size']} x {results[0]['device']}",
+        "change": title,
+        "contributors": [name.strip() for name in by.split(",") if name.strip()],
+        "folder": f"{number:02d}-{slug(title)}",
+        "seeds": [r["seed"] for r in results],
+        "losses": [r["val_loss"] for r in results],
+        "holdout_losses": [r["holdout_loss"] for r in results],
+        "data_sha256": results[0]["data_sha256"]["val"],
+    }
+
+
+def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed: dict, options: Options) -> Judge:
+    """Make the folder and add it to the list -> what the referee finds of it; if something fails, nothing is left."""
+    with tempfile.TemporaryDirectory(prefix=".submission-", dir=path.parent) as temporary:
+        folder, final = Path(temporary) / entry["folder"], path.parent / entry["folder"]
+        (folder / "code").mkdir(parents=True)
+        for file in runs[0].code.glob("*.py"):
+            shutil.copyfile(file, folder / "code" / file.name)
+        for run in runs:
+            copy_run(run, folder / f"seed-{run.config['seed']}")
+        (folder / "README.md").write_text(text)
+        shrink(folder)
+        judge = referee.judge_folders([folder], options)
+        if not referee.report(judge)["ok"]:
+            return judge
+        require(not final.exists(), f"{final} exists, but {path} does not list it: move it away")
+        folder.rename(final)
+        try:
+            write_json(path, listed | {"records": [*listed["records"], entry]})
+        except BaseException:
+            shutil.rmtree(final)
+            raise
+    return judge
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR", help="a run folder for each seed")
+    parser.add_argument("--title", required=True, help="what is new, in a few words")
+    parser.add_argument("--by", default="", metavar="NAME,NAME", help="contributors")
+    parser.add_argument("--description", type=Path, metavar="FILE", help="Markdown text for the README")
+    referee.add_options(parser)
+    return parser.parse_args(argv)
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """Judge, and write what is not refused -> the exit code. ValueError if it cannot be tried."""
+    options = {name: getattr(arguments, name) for name in ("data", "other_data", "device", "time_limit_min")}
+    options = Options(**options, records_dir=arguments.records_dir, submission=True, say=partial(print, flush=True))
+    elsewhere = arguments.records_dir.resolve() != referee.RECORDS
+    said = "--other-data needs a --records-dir of its own: the repository lists results on FineWeb only"
+    require(elsewhere or not arguments.other_data, said)
+    description = arguments.description.read_text() if arguments.description else ""
+    runs, submitted = referee.open_folders(arguments.folders)
+    require(submitted is None, f"{submitted} is a submitted record already: name run folders")
+    path = arguments.records_dir / runs[0].track / "records.json"
+    listed = read_list(path, arguments.other_data)
+    numbers = [entry["number"] for entry in listed["records"]]
+    judge = referee.judge_folders(arguments.folders, options)
+    if referee.report(judge)["ok"]:
+        runs.sort(key=lambda run: run.config["seed"])
+        entry = make_entry(runs, max(numbers, default=0) + 1, arguments.title, arguments.by)
+        significance = next(f.text for f in judge.findings[::-1] if f.check == "significance")
+        text = readme(entry, runs, description, significance)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        judge = write_record(entry, runs, text, path, listed, options)
+    if not referee.report(judge)["ok"]:
+        print(f"verdict: {referee.verdict(judge)}; nothing was written")
+        return 1
+    folder = path.parent / entry["folder"]
+    print(f"{folder} made: val_loss {entry['val_loss']:.5f}, number {entry['number']} of {path}")
+    if not arguments.other_data:
+        print(f"next: python records/leaderboard.py; commit {folder}, {path} and the tables, and open a pull request")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 made, 1 the referee refuses it, 2 refused."""
+    try:
+        return submit(parse_arguments(argv))
+    except (ValueError, OSError, KeyError) as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

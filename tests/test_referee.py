@@ -1,0 +1,763 @@
+"""The referee accepts honest runs of all tracks, and rejects each known way to be wrong by the check that is for it."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, TRACKS, UNLIMITED
+from judging import Case, HonestRuns, as_defaults, in_this_process, judge, make_record, with_val_document
+
+from records import overlap, referee, score
+from train import write_json
+
+TRACK = "two_hour"  # of the runs that cheat: one script, two members
+
+
+@pytest.fixture(scope="session")
+def honest(data_dir) -> HonestRuns:
+    return HonestRuns(data_dir)
+
+
+@pytest.fixture
+def copy(honest, tmp_path):
+    """Copies a run folder."""
+
+    def make(track: str = TRACK, seed: int = 42, name: str = "run") -> Case:
+        return Case(shutil.copytree(honest(track, seed), tmp_path / name))
+
+    return make
+
+
+@pytest.fixture
+def case(copy) -> Case:
+    return copy()
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Scores without another process."""
+    monkeypatch.setattr(referee, "run_worker", in_this_process)
+
+
+STATIC = ["--other-data", "--static"]
+WRAP = """
+honest_members = load_members
+
+
+def load_members(run_dir, device):
+    for weight, log_probs in honest_members(run_dir, device):
+        yield weight, changed(log_probs)
+"""
+
+# ---------------------------------------------------------------------------------------------------------- honest runs
+
+
+@pytest.mark.parametrize("track", [*TRACKS, *UNLIMITED])
+def test_honest_runs_are_accepted(honest, track, capsys, monkeypatch):
+    """The limited track in a process of its own, as its code has a model.py; the others in this one."""
+    if track != "limited":
+        monkeypatch.setattr(referee, "run_worker", in_this_process)
+    modules = {name: sys.modules.get(name) for name in ("train", "model")}
+    found = judge(capsys, honest(track))
+    assert found.fails == {} and found.exit_code == 0 and "NOT A RECORD" in found.verdict
+    checks = [*referee.STATIC_CHECKS, *referee.DATA_CHECKS, *referee.SCORE_CHECKS]
+    assert found.texts("PASS").keys() == {"files", *(name for name, _ in checks)}
+    assert "no record on these data to compare with" in found.texts("NOTE")["significance"]
+    assert {name: sys.modules.get(name) for name in ("train", "model")} == modules
+    assert not list(honest(track).rglob("__pycache__"))
+
+
+def test_harmless_changes_are_accepted(case, capsys, in_process):
+    """What the cheats below do, without the cheat."""
+    case.append_code("def changed(log_probs):\n    return lambda tokens: log_probs(tokens)\n" + WRAP)
+    case.claim_what_it_scores()
+    case.rename("00112233")
+    as_defaults(case)
+    case.configure(log_every=7, data_dir=case.read("config.json")["config"]["data_dir"])
+    found = judge(capsys, case)
+    assert found.fails == {} and "code" not in found.texts("NOTE")
+
+
+def test_a_record_is_accepted(case, capsys, in_process, monkeypatch, tmp_path):
+    """With this test's data as the benchmark's: no --other-data, no override, 8 H100, significant."""
+    make_record(case, monkeypatch)
+    lists(tmp_path, 4.5)
+    found = judge(capsys, case, options=["--records-dir", str(tmp_path / "records")])
+    assert found.fails == {} and found.verdict == "nothing fails"
+    static = judge(capsys, case, options=["--static", "--records-dir", str(tmp_path / "records")])
+    assert static.fails == {} and static.verdict.startswith("static part only")
+    assert "score" in static.texts("NOTE")["not made"] and "11 follow" in static.texts("PASS")["steps"]
+
+
+def test_data_without_a_holdout(case, data_dir, tmp_path, capsys, in_process):
+    """Those of the original project: nothing is claimed, nothing is checked, and it is said."""
+    shutil.copytree(data_dir, tmp_path / "data")
+    (tmp_path / "data" / "fineweb_holdout.pt").unlink()
+    (tmp_path / "data" / "meta.json").unlink()
+    case.edit("result.json", holdout_loss=None, val_bpb=None, val_bytes=0)
+    for name in ("config.json", "result.json"):
+        hashes = case.read(name)["data_sha256"]
+        case.edit(name, data_sha256={split: hashes[split] for split in ("train", "val")})
+    found = judge(capsys, case, options=["--other-data", "--data", str(tmp_path / "data")])
+    assert found.fails == {} and "holdout" not in found.texts("PASS")
+    assert (
+        "has no holdout" in found.texts("NOTE")["holdout"] and "left bits per byte out" in found.texts("NOTE")["score"]
+    )
+
+
+def lists(folder, val_loss: float, **values) -> None:
+    """Lists of records with one of this loss."""
+    path = folder / "records" / TRACK / "records.json"
+    path.parent.mkdir(parents=True)
+    write_json(path, {"source": "test", "records": [{"number": 1, "val_loss": val_loss} | values]})
+
+
+# ------------------------------------------------------------------------------------ cheats that only predictions show
+
+MORE_MASS = """
+def changed(log_probs):
+    def cached(tokens):  # tokens that were seen are more likely, and nothing is less
+        out = log_probs(tokens)
+        seen = torch.nn.functional.one_hot(tokens, out.size(-1)).cumsum(1) > 0
+        return torch.where(seen, (out.exp() + 0.01).log(), out)
+    return cached
+"""
+TARGET_GATE = """
+def changed(log_probs):
+    def peeking(tokens):
+        out = log_probs(tokens)
+        gate = torch.zeros_like(out)
+        gate[:, :-1].scatter_(-1, tokens[:, 1:, None], 0.1)
+        return (out + gate).log_softmax(-1)
+    return peeking
+"""
+OTHER_ROWS = """
+def changed(log_probs):
+    def mixing(tokens):
+        out = log_probs(tokens)
+        return torch.logaddexp(out - 0.105, out.flip(0) - 2.303).log_softmax(-1)
+    return mixing
+"""
+ADAPTING = """
+def changed(log_probs):
+    state = {"calls": 0, "counts": torch.zeros(1)}
+
+    def adapting(tokens):  # learns how often tokens are, once it has seen enough
+        out = log_probs(tokens)
+        state["calls"] += 1
+        if state["calls"] > 9:
+            out = (out + (1 + state["counts"]).log() * 0.05).log_softmax(-1)
+            state["counts"] = state["counts"] + torch.bincount(tokens.flatten(), minlength=out.size(-1))
+        return out
+    return adapting
+"""
+MEMORISED = """
+TABLE = torch.tensor({table})  # (n, 3): what follows two tokens
+
+
+def changed(log_probs):
+    def remembering(tokens):
+        out = log_probs(tokens)
+        hits = (tokens[:, 1:, None] == TABLE[:, 1]) & (tokens[:, :-1, None] == TABLE[:, 0])
+        bonus = torch.zeros_like(out)
+        follows = torch.nn.functional.one_hot(TABLE[:, 2], out.size(-1)).float()
+        bonus[:, 1:] = 3.0 * (hits.float() @ follows).clamp(max=1)
+        return (out + bonus).log_softmax(-1)
+    return remembering
+"""
+
+
+@pytest.mark.parametrize(
+    "code, checks",
+    [
+        (MORE_MASS, "probabilities"),
+        (TARGET_GATE, "causality"),
+        (OTHER_ROWS, "causality, learning"),  # sequences are scored again in other company
+        (ADAPTING, "learning"),
+        (MEMORISED, "holdout"),
+    ],
+    ids=["mass", "gate", "batch", "adapting", "memorised"],
+)
+def test_predictions_that_cheat(case, data_dir, capsys, in_process, code, checks):
+    if "{table}" in code:
+        tokens = torch.load(data_dir / "fineweb_val.pt", weights_only=True)["tokens"].tolist()
+        code = code.replace("{table}", str(sorted({tuple(tokens[i : i + 3]) for i in range(len(tokens) - 2)})))
+    honest_loss = case.read("result.json")["val_loss"]
+    case.append_code(code + WRAP)
+    case.claim_what_it_scores()
+    if code in (MORE_MASS, TARGET_GATE, MEMORISED):  # it pays
+        assert case.read("result.json")["val_loss"] < honest_loss
+    found = judge(capsys, case, options=["--other-data", "--probe-seed=1"])  # as in what it claims
+    assert found.fails.keys() == {*checks.split(", ")}, found.fails
+
+
+def test_wrong_outputs_are_named(case, capsys, in_process):
+    case.append_code("def changed(log_probs):\n    return lambda tokens: log_probs(tokens).double()\n" + WRAP)
+    found = judge(capsys, case)
+    assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
+    assert "returned torch.float64 (32, 32, 97), not torch.float32 (32, 32, 97)" in found.fails["probabilities"]
+
+
+def test_predictions_that_are_not_finite(case, capsys, in_process):
+    code = "def changed(log_probs):\n    return lambda tokens: log_probs(tokens).index_fill(-1, {}, -math.inf)\n"
+    case.append_code(code.format("torch.tensor(5)") + WRAP)
+    assert "not finite" in judge(capsys, case).fails["probabilities"]
+
+
+# ------------------------------------------------------------------------------------------------- cheats with the data
+
+
+def test_training_data_with_validation_documents(case, data_dir, tmp_path, capsys, in_process):
+    sha256 = with_val_document(data_dir, tmp_path / "data")
+    for name in ("config.json", "result.json"):
+        case.edit(name, data_sha256=case.read(name)["data_sha256"] | {"train": sha256})
+    found = judge(capsys, case, options=["--other-data", "--data", str(tmp_path / "data")])
+    assert found.fails.keys() == {"overlap"} and "1 in val and 0 in holdout" in found.fails["overlap"]
+
+
+def test_other_data_than_the_run_names(case, data_dir, tmp_path, capsys, in_process):
+    with_val_document(data_dir, tmp_path / "data")
+    found = judge(capsys, case, options=["--other-data", "--data", str(tmp_path / "data")])
+    assert {"data", "overlap"} == found.fails.keys()
+    gone = judge(capsys, case, options=["--other-data", "--data", str(tmp_path / "nowhere")])
+    assert {"data", "overlap", "targets", "steps", "score", "holdout"} < gone.fails.keys()
+    assert "not found" in gone.fails["score"]
+
+
+def test_validation_that_is_cut_short(case, capsys, in_process):
+    """The claims of the first 20 sequences, exactly; then as a setting, which a record cannot have."""
+    case.configure(val_sequences=20)
+    case.claim_what_it_scores()
+    found = judge(capsys, case)
+    assert found.fails == {} and "cuts validation to 20 of 51" in found.texts("NOTE")["targets"]
+    case.configure(val_sequences=4864)
+    saved = case.read("config.json")
+    case.edit("config.json", overrides={k: v for k, v in saved["overrides"].items() if k != "val_sequences"})
+    found = judge(capsys, case)
+    assert found.fails.keys() == {"targets", "score"}
+    assert "val_tokens is 640, of 51 sequences 1,632" in found.fails["targets"]
+
+
+def test_wrong_byte_counts(case, capsys, in_process):
+    result = case.read("result.json")
+    case.edit("result.json", val_bytes=2 * result["val_bytes"], val_bpb=result["val_bpb"] / 2)
+    found = judge(capsys, case)
+    assert found.fails.keys() == {"score"}
+    assert "val_bpb" in found.fails["score"] and "val_bytes" in found.fails["score"]
+
+
+def test_known_tokenizers_have_known_bytes(tmp_path, gpt2):
+    check = referee.Check(other_data=False)
+    meta = {"source": "", "tokenizer": "", "splits": {}}
+    for size, lengths in ((referee.GPT2, gpt2.token_bytes()), (referee.BYTES, [1] * 256 + [0])):
+        write_json(tmp_path / "meta.json", meta | {"vocab_size": size, "token_bytes": lengths})
+        assert referee.byte_lengths(check, str(tmp_path), size).tolist() == lengths
+        write_json(tmp_path / "meta.json", meta | {"vocab_size": size, "token_bytes": [2, *lengths[1:]]})
+        with pytest.raises(ValueError, match=r"bytes per token from meta\.json are not"):
+            referee.byte_lengths(check, str(tmp_path), size)
+    assert check.notes == []
+
+
+# ------------------------------------------------------------------------------------ cheats that what is written shows
+
+
+def fails_static(capsys, case: Case, *others: Case) -> dict[str, str]:
+    return judge(capsys, case, *others, options=STATIC).fails
+
+
+def test_work_after_the_clock_stopped(case, capsys):
+    lines = case.metrics()
+    last = next(line for line in lines[::-1] if "dt_s" in line)
+    case.write_metrics([*lines, last | {"step": 12, "tokens": 12 * 1024}])
+    assert "12 timed steps, up to 12, not 1 to 11" in fails_static(capsys, case)["clock"]
+    untimed = {k: v for k, v in last.items() if k != "dt_s"}
+    case.write_metrics([*lines, untimed])
+    found = fails_static(capsys, case)
+    assert found.keys() == {"clock"} and "steps [11] were trained off the clock" in found["clock"]
+
+
+def test_members_from_after_the_last_step(case, capsys, in_process):
+    members = case.read("final/members.json")["members"]
+    case.edit("final/members.json", members=[members[0], members[1] | {"step": 12}])
+    case.sign_final()
+    found = judge(capsys, case)
+    assert found.fails.keys() == {"weights"} and "after the last step counted" in found.fails["weights"]
+
+
+def test_times_that_do_not_add_up(case, capsys):
+    lines = case.metrics()
+    case.write_metrics([line | {"dt_s": 2 * line["dt_s"]} if "dt_s" in line else line for line in lines])
+    found = fails_static(capsys, case)
+    assert found.keys() == {"clock"} and "add up to" in found["clock"]
+
+
+def slow_down(case: Case, seconds: float) -> None:
+    """All steps take so long."""
+    lines, result = case.metrics(), case.read("result.json")
+    case.write_metrics([line | {"dt_s": seconds} if "dt_s" in line else line for line in lines])
+    total = seconds * result["steps"]
+    case.edit("result.json", train_time_s=total, wall_time_s=total + 9, tokens_per_s=result["tokens"] / total)
+
+
+def test_a_run_over_its_cap(case, capsys):
+    slow_down(case, 700.0)
+    found = fails_static(capsys, case)
+    assert found.keys() == {"clock"} and "128.33 min, the run's own cap is 120" in found["clock"]
+    case.configure(time_cap_min=0.0)
+    case.edit("result.json", time_cap_min=0.0)
+    assert fails_static(capsys, case) == {}
+
+
+def test_a_stop_by_the_cap_needs_a_cap_that_is_near(case, capsys, in_process):
+    """The first ten steps as if the cap had stopped there."""
+    result = case.read("result.json")
+    case.write_metrics([line for line in case.metrics() if line["step"] < 11])
+    short = {"steps": 10, "tokens": 10240, "stopped_by": "time_cap"}
+    case.edit("result.json", **short)
+    slow_down(case, 700.0)
+    case.replace("finished after 11 steps", "stopped by time_cap after 10 steps")
+    case.replace(r"^.* step 11/11 .*\n", "")
+    readouts = {name: loss for name, loss in result["readouts"].items() if name != "epoch_2"}
+    case.edit("result.json", readouts=readouts, best_val_loss=min(readouts.values()))
+    assert fails_static(capsys, case) == {}
+    slow_down(case, 1.0)
+    found = fails_static(capsys, case)
+    assert found.keys() == {"clock"} and "stopped_by is time_cap after 0.17 min" in found["clock"]
+    case.edit("result.json", stopped_by="steps")
+    found = judge(capsys, case)
+    assert "10 steps, by config and data 11" in found.fails["steps"]
+
+
+def test_a_log_of_another_script(case, copy, capsys):
+    case.replace(r"two_hour track$", "limited track")
+    found = fails_static(capsys, case)
+    assert found.keys() == {"log"} and "log.txt begins with" in found["log"]
+    other = copy("limited", name="limited")
+    shutil.copy(other.path / "log.txt", case.path / "log.txt")
+    assert fails_static(capsys, case).keys() == {"log"}
+
+
+def test_a_stale_log(case, copy, capsys):
+    other = copy(seed=43, name="other")
+    shutil.copy(other.path / "log.txt", case.path / "log.txt")
+    assert "lines of log.txt are not of run" in fails_static(capsys, case)["log"]
+    other.rename(case.read("config.json")["run_id"])
+    shutil.copy(other.path / "log.txt", case.path / "log.txt")
+    found = fails_static(capsys, case)
+    assert found.keys() == {"log"} and "other training losses than metrics.jsonl" in found["log"]
+
+
+def test_a_short_run_need_not_print_a_step(case, capsys):
+    case.replace(r"^.* step \d+/11 \| train .*\n", "")
+    assert "has no line of a step" in fails_static(capsys, case)["log"]
+    case.configure(log_every=50)
+    assert fails_static(capsys, case) == {}
+
+
+def test_hyperparameters_that_are_not_in_the_script(case, capsys, in_process, monkeypatch, tmp_path):
+    make_record(case, monkeypatch)
+    lists(tmp_path, 4.5)
+    options = ["--records-dir", str(tmp_path / "records")]
+    case.configure(weight_decay=0.4)
+    found = judge(capsys, case, options=options)
+    assert found.fails.keys() == {"code"} and "weight_decay 0.4 (default 0.3): put them" in found.fails["code"]
+    saved = case.read("config.json")
+    case.edit("config.json", overrides={k: v for k, v in saved["overrides"].items() if k != "weight_decay"})
+    found = judge(capsys, case, options=options)
+    assert "overrides are not what differs" in found.fails["code"]
+
+
+@pytest.mark.parametrize(
+    "change, check, said",
+    [
+        (lambda case: case.edit("result.json", device="CPU"), "log", "kind of devices"),
+        (lambda case: other_hardware(case), "eligibility", "8 x NVIDIA A100, not on 8 H100"),
+        (lambda case: slow_down(case, 700.0), "clock", "the cap is 120"),
+        (lambda case: case.configure(time_cap_min=240.0), "clock", "was set to 240"),
+        (lambda case: case.configure(time_cap_min=0.0), "clock", "was lifted"),
+    ],
+)
+def test_rules_of_records(case, capsys, monkeypatch, tmp_path, change, check, said):
+    make_record(case, monkeypatch)
+    lists(tmp_path, 4.5)
+    change(case)
+    found = judge(capsys, case, options=["--static", "--records-dir", str(tmp_path / "records")])
+    assert said in found.fails[check], found.fails
+
+
+def other_hardware(case: Case) -> None:
+    case.replace("NVIDIA H100 80GB HBM3", "NVIDIA A100")
+    case.edit("result.json", device="NVIDIA A100")
+
+
+def test_losses_that_are_not_finite(case, capsys):
+    honest_lines = case.metrics()
+    case.write_metrics([line | {"train_loss": float("nan")} if line["step"] == 7 else line for line in honest_lines])
+    found = fails_static(capsys, case)
+    assert "step 7: train_loss not finite" in found["losses"] and found.keys() == {"losses"}
+    case.write_metrics(honest_lines)
+    readouts = case.read("result.json")["readouts"]
+    assert min([*readouts.values(), float("nan")]) == min(readouts.values())  # what hides it
+    name = list(readouts)[-1]
+    case.edit("result.json", readouts=readouts | {name: float("nan")})
+    case.replace(rf"{readouts[name]:.4f}  {name}", f"nan  {name}")
+    found = fails_static(capsys, case)
+    assert {"losses", "completeness"} <= found.keys() and "nan is not a finite number" in found["losses"]
+
+
+@pytest.mark.parametrize(
+    "changes, check",
+    [
+        ({"status": "partial"}, "completeness"),
+        ({"stopped_by": "signal"}, "completeness"),
+        ({"track": "limited"}, "completeness"),
+        ({"run_id": "ffffffff"}, "completeness"),
+        ({"seed": 43}, "completeness"),
+        ({"data_sha256": {"train": "0" * 64, "val": "0" * 64}}, "completeness"),
+        ({"data_efficiency": 20.0}, "completeness"),
+        ({"tokens_per_s": 1.0}, "completeness"),
+        ({"peak_memory_gib": float("inf")}, "completeness"),
+        ({"time_cap_min": 15.0}, "completeness"),
+        ({"best_val_loss": 3.0}, "losses"),
+        ({"steps": 10}, "clock"),
+        ({"tokens": 10240}, "clock"),
+        ({"train_time_s": 0.1}, "clock"),
+        ({"wall_time_s": 0.1}, "clock"),
+        ({"parameters": 1}, "log"),
+        ({"world_size": 8}, "log"),
+        ({"device": "NVIDIA H100 80GB HBM3"}, "log"),
+        ({"code_sha256": "0" * 64}, "code"),
+        ({"eligible": True}, "eligibility"),
+        ({"eligible": True, "not_eligible_because": []}, "eligibility"),
+        ({"not_eligible_because": []}, "eligibility"),
+    ],
+)
+def test_a_tampered_result(case, capsys, changes, check):
+    case.edit("result.json", **changes)
+    assert check in fails_static(capsys, case)
+
+
+def test_a_result_that_lacks_something(case, capsys):
+    result = case.read("result.json")
+    for name in referee.RESULT_KEYS:
+        write_json(case.path / "result.json", {k: v for k, v in result.items() if k != name})
+        (run,), _ = referee.open_folders([case.path])
+        judgement = referee.Judge(referee.Options(other_data=True))
+        judgement.run_check("completeness", "run", referee.check_completeness, run, judgement)
+        assert judgement.findings[0].status == "FAIL" and name in judgement.findings[0].text
+    (case.path / "result.json").unlink()
+    found = fails_static(capsys, case)
+    assert found.keys() == {name for name, _ in referee.STATIC_CHECKS} | {"significance"}
+    assert "cannot be checked: FileNotFoundError" in found["completeness"]
+
+
+@pytest.mark.parametrize("split, check", [("val", "score"), ("holdout", "holdout")])
+def test_a_claim_that_is_too_good(case, capsys, in_process, split, check):
+    loss = case.read("result.json")[f"{split}_loss"]
+    case.claim(split, loss - 0.0009)
+    assert judge(capsys, case).fails == {}
+    case.claim(split, loss - 0.0011)
+    found = judge(capsys, case)
+    assert found.fails.keys() == {check} and "at most 0.001 apart" in found.fails[check]
+
+
+def test_weights_that_are_not_those_of_the_result(case, capsys, in_process):
+    """The last bit of one number is another."""
+    path = case.path / "final" / "epoch_01.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    found = judge(capsys, case)
+    assert found.fails.keys() == {"weights"} and "epoch_01.safetensors" in found.fails["weights"]
+
+
+def test_weights_of_members_and_how_they_are_mixed(case, capsys, in_process):
+    final = case.read("final/members.json")
+    first, second = final["members"]
+
+    def said() -> str:
+        case.sign_final()
+        (run,), _ = referee.open_folders([case.path])
+        judgement = referee.Judge(referee.Options(other_data=True))
+        judgement.run_check("weights", "run", referee.check_weights, run, judgement)
+        (finding,) = judgement.findings
+        return f"{finding.status} {finding.text}"
+
+    for weights, problem in (((1.5, -0.5), "negative"), ((0.5, 0.6), "sum to 1.1"), ((0.5, 0.5), None)):
+        members = [first | {"weight": weights[0]}, second | {"weight": weights[1]}]
+        case.edit("final/members.json", members=members)
+        assert problem in said() if problem else said().startswith("PASS")
+    case.edit("final/members.json", members=final["members"], mixing="maximum")
+    assert "'maximum' in members.json, 'probability' in result.json" in said()
+    case.edit("final/members.json", mixing="probability")
+    case.sign_final()
+    case.append_code(WRAP.replace("yield weight, changed(log_probs)", "yield 0.5, log_probs"))
+    case.claim_what_it_scores()
+    found = judge(capsys, case).fails
+    assert found.keys() == {"score"} and "load_members gave weights [0.5, 0.5]" in found["score"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda path: (path / "curve.png").unlink() or (path / "curve.png").symlink_to("/etc/hosts"), "symbolic link"),
+        (lambda path: (path / "log.txt").chmod(0o755), "log.txt is executable"),
+        (lambda path: torch.save({}, path / "final" / "more.pt"), "final/more.pt may hold pickled objects"),
+        (
+            lambda path: (path / "checkpoints").mkdir() or (path / "checkpoints" / "step_1.json").touch(),
+            "is not a file of",
+        ),
+        (lambda path: (path / "code" / "cache.so").touch(), "code/cache.so is not a file of such a folder"),
+        (lambda path: (path / "final" / "epoch_03.safetensors").write_bytes(b"\x80\x04K"), "not a safetensors file"),
+        (lambda path: os.mkfifo(path / "scores"), "scores is not a regular file"),
+        (lambda path: (path / "code" / "table.py").write_text(f"TABLE = {'1' * 10**6!r}"), "code/ has 1."),
+    ],
+)
+def test_files_that_do_not_belong_there(case, capsys, change, said):
+    change(case.path)
+    assert said in fails_static(capsys, case)["files"]
+
+
+def test_code_that_is_not_what_ran(case, capsys):
+    with open(case.path / "code" / "train.py", "a") as file:
+        file.write("\n")
+    found = fails_static(capsys, case)
+    assert found.keys() == {"code"} and "the SHA-256 of code/ is" in found["code"]
+
+
+def test_defaults_are_read_and_not_executed(tmp_path):
+    (tmp_path / "model.py").write_text("class GPTConfig:\n    n_layer: int = 30\n    rate: float = 1.0\n")
+    text = "class Config(GPTConfig):\n    rate: float = 2.0\n    name: str = ''\n\n    cap = 1.0\n"
+    (tmp_path / "train.py").write_text(text)
+    assert referee.config_defaults(tmp_path) == {"n_layer": 30, "rate": 2.0, "name": ""}
+    (tmp_path / "train.py").write_text(text.replace("2.0", "float(2)"))
+    with pytest.raises(ValueError, match=r"not a literal: rate: float = float\(2\)"):
+        referee.config_defaults(tmp_path)
+    (tmp_path / "train.py").write_text(text + "\n\nclass Config(GPTConfig):\n    pass\n")
+    with pytest.raises(ValueError, match="2 classes Config in code/"):
+        referee.config_defaults(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- submissions
+
+
+def test_seeds_of_a_submission(copy, capsys):
+    first, second = copy(), copy(seed=43, name="second")
+    assert fails_static(capsys, first, second) == {}
+    third = copy(seed=43, name="third")
+    third.rename("aaaaaaaa", seed=44)
+    found = fails_static(capsys, first, third)  # 43 was dropped
+    assert found.keys() == {"seeds"} and "the seeds are [42, 44], not [42, 43]" in found["seeds"]
+    again = copy(name="again")
+    found = fails_static(capsys, first, again)  # one run twice
+    assert found.keys() == {"seeds", "copies"} and "one run id" in found["copies"]
+    again.rename("bbbbbbbb", seed=43)
+    found = fails_static(capsys, first, again)  # with another seed and id
+    assert found.keys() == {"copies"}
+    assert "the same training losses" in found["copies"] and "the same weights" in found["copies"]
+
+
+def test_runs_of_a_submission_are_of_one_kind(copy, capsys):
+    first, second = copy(), copy(seed=43, name="second")
+    second.append_code("# a remark")
+    found = fails_static(capsys, first, second)
+    assert found.keys() == {"submission"} and "second has other code than run" in found["submission"]
+    second = copy(seed=43, name="settings")
+    second.configure(weight_decay=0.4)
+    assert "settings has other settings than run weight_decay" in fails_static(capsys, first, second)["submission"]
+    tiny = copy("tiny", name="tiny")
+    assert "tiny has other track than run" in fails_static(capsys, first, tiny)["submission"]
+
+
+@pytest.mark.parametrize("ahead, significant", [(0.0032, False), (0.0034, True)])
+def test_significance_of_two_runs(copy, capsys, tmp_path, ahead, significant):
+    runs = [copy(), copy(seed=43, name="second")]
+    mean = sum(run.read("result.json")["val_loss"] for run in runs) / 2
+    val = runs[0].read("result.json")["data_sha256"]["val"]
+    lists(tmp_path, mean + ahead, data_sha256=val)
+    options = [*STATIC, "--records-dir", str(tmp_path / "records")]
+    found = judge(capsys, *runs, options=options)
+    assert found.fails.keys() == (set() if significant else {"significance"})
+    alone = judge(capsys, runs[0], options=options)
+    assert alone.fails == {} and "one run; a submission needs" in alone.texts("NOTE")["significance"]
+
+
+# ------------------------------------------------------------------------------------------------------------ unlimited
+
+
+@pytest.mark.parametrize(
+    "change, check, said",
+    [
+        (
+            lambda case: case.edit("chains/chain_01/ledger.json", steps=24),
+            "clock",
+            "chain_01: metrics.jsonl has 25 timed",
+        ),
+        (lambda case: case.edit("chains/chain_00/ledger.json", state="training"), "clock", "not all finished"),
+        (lambda case: case.edit("chains/chain_00/ledger.json", seed=43), "clock", "seeds are [43, 43]"),
+        (lambda case: case.edit("result.json", process_hours=0.0), "clock", "process_hours is 0.0"),
+        (lambda case: case.replace("-01 ", "-00 ", "chains/chain_01/log.txt"), "log", "lines of chain_01/log.txt"),
+    ],
+)
+def test_chains_that_are_wrong(copy, capsys, change, check, said):
+    case = copy("unlimited")
+    change(case)
+    assert said in fails_static(capsys, case)[check]
+
+
+def test_another_readout_than_declared_is_not_eligible(copy, capsys):
+    case = copy("unlimited")
+    case.edit("result.json", as_declared=False)
+    assert "the readout is not the one" in judge(capsys, case, options=STATIC).texts("NOTE")["eligibility"]
+
+
+def test_the_plan_of_a_run():
+    """The published numbers of steps, and cycles of two batch sizes."""
+    limited = {"sequence_len": 2048, "micro_batch": 4, "batch_tokens": 524288, "num_epochs": 11}
+    assert len(referee.planned_tokens(limited, referee.OFFICIAL_SEQUENCES)) - 1 == 2097
+    tiny = limited | {"micro_batch": 32, "num_epochs": 15}
+    assert len(referee.planned_tokens(tiny, referee.OFFICIAL_SEQUENCES)) - 1 == 2850
+    import unlimited.train as unlimited
+
+    config = unlimited.Config(**SMALL["unlimited"])
+    plan = unlimited.Plan(config, 166)
+    assert referee.planned_tokens(vars(config), 166) == [plan.tokens_done(step) for step in range(plan.num_steps + 1)]
+
+
+# ----------------------------------------------------------------------------------------------------------- the worker
+
+
+def test_a_hanging_run_is_stopped(case, capsys):
+    case.append_code("def load_members(run_dir, device):\n    time.sleep(600)\n")
+    found = judge(capsys, case, options=["--other-data", "--time-limit-min", "0.02"])
+    assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
+    assert "it was not scored in 0.02 min: --time-limit-min allows more" in found.fails["score"]
+
+
+def test_what_the_worker_started_is_stopped_too(tmp_path, monkeypatch):
+    script = "import subprocess, time\nchild = subprocess.Popen(['sleep', '600'])\n"
+    (tmp_path / "worker.py").write_text(script + "open('pid', 'w').write(str(child.pid))\ntime.sleep(600)\n")
+    monkeypatch.setattr(referee, "WORKER", tmp_path / "worker.py")
+    with pytest.raises(referee.WorkerFailed):
+        referee.run_worker({"out": str(tmp_path)}, 1.0)
+    child = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        if not alive(child):
+            break
+        time.sleep(0.1)
+    assert not alive(child)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a dead one may wait for its parent."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return state != "" and not state.startswith("Z")
+
+
+def test_a_crashing_run_fails(case, capsys):
+    case.append_code("def load_members(run_dir, device):\n    os.abort()\n")
+    found = judge(capsys, case)
+    assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
+    assert "ended the scoring (exit code -6)" in found.fails["score"]
+
+
+MEMBERS = """
+import torch
+
+def load_members(run_dir, device):
+    for seed, weight in ((1, 0.25), (2, 0.75)):
+        table = torch.randn(7, 7, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+        yield weight, lambda tokens: table[tokens]
+"""
+
+
+@pytest.mark.parametrize("mixing", ["probability", "logit"])
+def test_mixing(tmp_path, mixing):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text(MEMBERS)
+    sequences = np.random.RandomState(0).randint(7, size=(37, 12))
+    np.save(tmp_path / "sequences.npy", sequences)
+    task = {"run_dir": str(tmp_path), "device": "cpu", "vocab_size": 7, "mixing": mixing, "members": 2}
+    found = score.run(
+        task | {"probe_seed": 0, "splits": {"val": str(tmp_path / "sequences.npy")}, "out": str(tmp_path)}
+    )
+    assert found["weights"] == [0.25, 0.75] and len(found["measured"]) == (2 if mixing == "probability" else 1)
+    assert all(largest < 1e-6 for own in found["measured"] for largest in own.values())
+    tables = [torch.randn(7, 7, generator=torch.Generator().manual_seed(seed)).log_softmax(-1) for seed in (1, 2)]
+    if mixing == "probability":
+        table = (0.25 * tables[0].exp() + 0.75 * tables[1].exp()).log()
+    else:
+        table = (0.25 * tables[0] + 0.75 * tables[1]).log_softmax(-1)
+    expected = -table[sequences[:, :-1], sequences[:, 1:]].numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "val.npy"), expected, atol=1e-6)
+
+
+def test_documents_are_found_wherever_they_are():
+    """Against a search by brute force, with documents that share their beginnings."""
+    random = np.random.RandomState(0)
+    other = random.randint(3, size=4000).astype(np.uint16)
+    documents, expected = [], 0
+    for _ in range(300):
+        size, kind = random.randint(30, 120), random.randint(3)
+        start = random.randint(0, len(other) - size)
+        document = other[start : start + size].copy() if kind else random.randint(3, size=size).astype(np.uint16)
+        if kind == 2:
+            document[-1] = 3  # differs at its end
+        documents.append(np.append(np.uint16(9), document))
+        places = range(len(other) - size + 1)
+        expected += size >= 50 and any((other[p : p + size] == document).all() for p in places)
+    starts = np.cumsum([0, *map(len, documents)])[:-1]
+    tokens = np.concatenate(documents)
+    assert 50 < expected < 150 and overlap.count_overlaps(tokens, starts, other) == expected
+    assert overlap.count_overlaps(tokens, starts, other[:49]) == 0
+    grams = {other[i : i + 50].tobytes() for i in range(len(other) - 49)}
+    assert len(set(overlap.gram_hashes(other).tolist())) == len(grams)
+
+
+# ------------------------------------------------------------------------------------------------------------- the tool
+
+
+def test_what_is_printed_and_written(case, capsys, tmp_path, in_process):
+    assert (
+        referee.main([str(case.path), "--other-data", "--probe-seed", "7", "--json", str(tmp_path / "out.json")]) == 0
+    )
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == "verdict: nothing fails; it is NOT A RECORD (--other-data)"
+    assert any(line.split()[:3] == ["PASS", "score", "run"] for line in lines)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["probe_seed"] == 7 and len(found["findings"]) == len(lines)
+    assert found["scores"]["run"]["val"]["tokens"] == 51 * 32
+    assert "--probe-seed 7" in next(f["text"] for f in found["findings"] if f["check"] == "causality")
+
+
+def test_what_strangers_wrote_is_one_line(case, capsys):
+    case.edit("result.json", status="x\nPASS  score\x1b[2K")
+    assert referee.main([str(case.path), *STATIC]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "status is" in line]
+    assert line.startswith("FAIL  completeness") and "\x1b" not in line
+
+
+def test_bad_usage(tmp_path, capsys):
+    for path, said in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "has neither config.json nor seed-*/")):
+        assert referee.main([str(path)]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        referee.main([])
+    assert stop.value.code == 2
+
+
+def test_the_rules_are_those_of_the_scripts():
+    for track, module in (TRACKS | UNLIMITED).items():
+        config, rules = importlib.import_module(module).Config(), referee.RULES[track]
+        assert (rules.cap_min or 0, rules.sequences) == (config.time_cap_min, config.val_sequences)
+        assert config.sequence_len == referee.SEQUENCE_LEN and config.vocab_size == referee.GPT2
