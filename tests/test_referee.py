@@ -158,6 +158,21 @@ def changed(log_probs):
         return out
     return adapting
 """
+REMEMBERING = (
+    ADAPTING.replace("changed(", "adapting_log_probs(")
+    + """
+
+def changed(log_probs):
+    adapting, answers = adapting_log_probs(log_probs), {}
+
+    def remembering(tokens):  # answers as before what it was asked before
+        key = tokens.numpy().tobytes()
+        if key not in answers:
+            answers[key] = adapting(tokens)
+        return answers[key]
+    return remembering
+"""
+)
 MEMORISED = """
 TABLE = torch.tensor({table})  # (n, 3): what follows two tokens
 
@@ -181,9 +196,10 @@ def changed(log_probs):
         (TARGET_GATE, "causality"),
         (OTHER_ROWS, "causality, learning"),  # sequences are scored again in other company
         (ADAPTING, "learning"),
+        (REMEMBERING, "learning"),
         (MEMORISED, "holdout"),
     ],
-    ids=["mass", "gate", "batch", "adapting", "memorised"],
+    ids=["mass", "gate", "batch", "adapting", "remembering", "memorised"],
 )
 def test_predictions_that_cheat(case, data_dir, capsys, in_process, code, checks):
     if "{table}" in code:
