@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import require
 from records import draw
+from records.referee import FIRST_SEED
 from train import data_efficiency, read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train", "unlimited": "unlimited.train"}
 COMMAND = "python records/leaderboard.py"
-FIRST_SEED = 42
 LABEL = 30  # characters of a record's name in the charts
 BLOCK = re.compile(r"(<!-- leaderboard: (\w+) -->\n)(.*?)(<!-- /leaderboard -->)", re.DOTALL)
 SAID = (

@@ -373,7 +373,7 @@ def check_files(check: Check, root: Path, allowed: re.Pattern) -> str:
     names, size = [], {"code": 0, "all": 0}
     for path in sorted(root.rglob("*")):
         name, info = path.relative_to(root).as_posix(), path.lstat()
-        if stat.S_ISDIR(info.st_mode):
+        if stat.S_ISDIR(info.st_mode) or (allowed is RUN_FOLDER and name.startswith("wandb/")):
             continue
         names.append(name)
         if stat.S_ISLNK(info.st_mode):
@@ -387,6 +387,8 @@ def check_files(check: Check, root: Path, allowed: re.Pattern) -> str:
         check.need(path.suffix != ".safetensors" or is_safetensors(path), f"{name} is not a safetensors file")
         size["all"] += info.st_size
         size["code"] += info.st_size if name.startswith("code/") else 0
+    if allowed is RUN_FOLDER and (root / "wandb").exists():
+        check.note("wandb/, which Weights & Biases keeps there, was not looked at; it is not submitted")
     check.need("code/train.py" in names, "code/train.py is missing")
     check.need(size["code"] <= CODE_MB * 1e6, f"code/ has {size['code'] / 1e6:.1f} MB, at most {CODE_MB} are needed")
     if allowed is SUBMITTED_FOLDER:

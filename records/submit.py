@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import require  # noqa: E402
 from records import referee  # noqa: E402
+from records.leaderboard import table  # noqa: E402
 from records.referee import Folder, Judge, Options  # noqa: E402
 from train import read_json, write_json  # noqa: E402
 
@@ -47,20 +49,25 @@ def slug(title: str) -> str:
     return words
 
 
-def table(head: tuple, rows: list[tuple]) -> str:
-    """Markdown."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+def settings_flags(run: Folder) -> str:
+    """The flags of a run whose settings are not those of its script, as a record's are."""
+    flags = []
+    for name, value in run.saved["overrides"].items():
+        flag = name.replace("_", "-")
+        if name not in referee.OF_A_RUN:
+            flags.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
+    return "".join(f" {shlex.quote(flag)}" for flag in flags)
 
 
 def readme(entry: dict, runs: list[Folder], description: str, finding: str) -> str:
     """README.md of a submitted folder."""
     results = [run.result for run in runs]
-    head = ("seed", "val_loss", "best", "holdout", "minutes", "run")
+    head = ["seed", "val_loss", "best", "holdout", "minutes", "run"]
     rows = []
     for r in results:
         holdout = "" if r["holdout_loss"] is None else f"{r['holdout_loss']:.4f}"
         losses = f"{r['val_loss']:.4f}", f"{r['best_val_loss']:.4f}", holdout
-        rows.append((r["seed"], *losses, f"{r['train_time_s'] / 60:.1f}", r["run_id"]))
+        rows.append([str(r["seed"]), *losses, f"{r['train_time_s'] / 60:.1f}", r["run_id"]])
     versions = sorted({f"torch {r['torch']}, CUDA {r['cuda']}" for r in results})
     track, by = runs[0].track, ", ".join(entry["contributors"]) or "unnamed"
     data = "the official files" if runs[0].official else f"not the official files, val {entry['data_sha256'][:12]}"
@@ -70,10 +77,10 @@ def readme(entry: dict, runs: list[Folder], description: str, finding: str) -> s
         f"# {entry['change']}",
         f"Track {track}, number {entry['number']}, by {by}, {entry['date']}.",
         description.strip(),
-        table(head, rows),
+        table(head, rows).strip(),
         f"Significance: {finding}.",
         f"On {entry['hardware']}; {'; '.join(versions)}; data: {data}.",
-        f"Run it again:\n\n```sh\n{processes} {where}/code/train.py --seed 42\n```",
+        f"Run it again:\n\n```sh\n{processes} {where}/code/train.py --seed 42{settings_flags(runs[0])}\n```",
         f"Check this folder: `python records/referee.py {where}`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

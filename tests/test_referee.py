@@ -544,6 +544,13 @@ def test_files_that_do_not_belong_there(case, capsys, change, said):
     assert said in fails_static(capsys, case)["files"]
 
 
+def test_what_weights_and_biases_keeps_is_left_alone(case, capsys):
+    (case.path / "wandb").mkdir()
+    (case.path / "wandb" / "latest-run").symlink_to("run-1")
+    found = judge(capsys, case, options=STATIC)
+    assert found.fails == {} and "was not looked at" in found.texts("NOTE")["files"]
+
+
 def test_code_that_is_not_what_ran(case, capsys):
     with open(case.path / "code" / "train.py", "a") as file:
         file.write("\n")

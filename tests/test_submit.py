@@ -1,12 +1,15 @@
 """A submission becomes a record folder and an entry, or leaves nothing behind."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from judging import Case, HonestRuns, in_this_process, judge
 
+import two_hour.train as two_hour
 from records import referee, submit
 from train import write_json
 
@@ -48,6 +51,10 @@ def test_a_record_folder(honest, records, tmp_path, capsys):
     for result in results:
         assert f"| {result['seed']} | {result['val_loss']:.4f} | {result['best_val_loss']:.4f} | " in text
         assert result["run_id"] in text and f"torch {result['torch']}" in text
+    command = re.search(r"code/train.py (.+)", text)[1]
+    given = two_hour.Config(**two_hour.parse_arguments(shlex.split(command))[0])
+    config = json.loads((runs[1] / "config.json").read_text())["config"]
+    assert all(getattr(given, name) == value for name, value in config.items() if name not in referee.OF_A_RUN)
     (entry,) = json.loads((records / "two_hour" / "records.json").read_text())["records"]
     assert entry["seeds"] == [42, 43] and entry["losses"] == [result["val_loss"] for result in results]
     assert entry["val_loss"] == pytest.approx(sum(entry["losses"]) / 2) and entry["kind"] == "verified"
