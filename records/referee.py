@@ -437,6 +437,8 @@ def check_completeness(check: Check, run: Folder, judge: Judge) -> str:
         ("time_cap_min", result["time_cap_min"], run.config.get("time_cap_min", 0)),
     ):
         check.need(here == there, f"{name} is {here!r} in result.json, {there!r} in config.json")
+    whole = result["val_tokens"] > 0 and result["val_tokens"] % run.config["sequence_len"] == 0
+    check.need(whole, f"val_tokens is {result['val_tokens']:,}: not whole sequences of {run.config['sequence_len']}")
     if run.official:
         needed = rules.sequences * SEQUENCE_LEN
         found = result["val_tokens"]

@@ -441,6 +441,7 @@ def test_losses_that_are_not_finite(case, capsys):
         ({"tokens_per_s": 1.0}, "completeness"),
         ({"peak_memory_gib": float("inf")}, "completeness"),
         ({"time_cap_min": 15.0}, "completeness"),
+        ({"val_tokens": 1631}, "completeness"),
         ({"best_val_loss": 3.0}, "losses"),
         ({"steps": 10}, "clock"),
         ({"tokens": 10240}, "clock"),
