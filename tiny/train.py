@@ -189,7 +189,7 @@ class Config(GPTConfig):
         super().__post_init__()
         check_config(self)
         require(
-            0 <= self.decay_hold <= self.decay_low <= self.num_epochs,
+            0 <= self.decay_hold <= self.decay_low <= self.num_epochs or not self.decay_schedule,
             f"--decay-hold {self.decay_hold} and --decay-low {self.decay_low} must be in this order, from 0 to "
             f"--num-epochs {self.num_epochs}: lower them, or train longer",
         )
