@@ -185,7 +185,9 @@ def toy_flags(name: str, number: int, data: Path, runs: Path) -> list[str]:
         sizes["window_schedule"] = "1-9:16,32"
     if full.get("xsa_layers", 0) > 0:
         sizes["xsa_layers"] = 1
-    sizes.pop("meta_gradient", None)
+    unused = [] if full["decay_schedule"] else ["decay_hold", "decay_low"]  # their defaults do not fit, and need not
+    for key in ["meta_gradient", *unused, *(["readout_epochs"] if full["readout"] != "average" else [])]:
+        sizes.pop(key, None)
     return ["--record", str(number), *flags(**sizes)]
 
 
