@@ -45,7 +45,7 @@ class GPTConfig:
 
     vocab_size: int = 50257  # token ids of the data; the tables have this rounded up to a multiple of 64
     sequence_len: int = 2048  # tokens in a training or validation sequence
-    n_layer: int = 30  # transformer blocks; even, since the U-Net pairs them
+    n_layer: int = 30  # transformer blocks; even if there is a U-Net, which pairs them
     n_head: int = 14  # attention heads
     n_embd: int = 1792  # width of the residual stream
     window_pattern: str = "SSSL"  # attention windows by layer, repeated: S = T/2, L = T; the last layer is always L
@@ -106,7 +106,8 @@ def check_model(c: GPTConfig) -> None:
         "of dimensions, change --n-embd or --n-head",
     )
     require(c.n_embd >= 32, f"n_embd {c.n_embd} is too small: gates read the first 32 dimensions")
-    require(c.n_layer % 2 == 0, f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer")
+    paired = c.n_layer % 2 == 0 or not c.u_net
+    require(paired, f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer, or give --no-u-net")
     letters = set(c.window_pattern)
     require(letters and letters <= set("SL"), f"window_pattern {c.window_pattern!r} must be of letters S and L")
     require(
@@ -481,7 +482,10 @@ class ComputeWeights:
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer with U-Net skips, value embeddings, mixed and gated heads, layer replay and MTP."""
+    """Decoder-only transformer with U-Net skips, value embeddings, mixed and gated heads, layer replay and MTP.
+
+    What the config leaves out has no parameters, and so no compute weights: the forward pass uses what is there.
+    """
 
     def __init__(self, config: GPTConfig, attention: str = "sdpa"):
         super().__init__()

@@ -32,7 +32,17 @@ SECTIONS = ["Config", "Distributed", "Model", "Optimizer", "Schedules", "Data", 
 
 SHARED = {  # never adapted: each script must have a copy of each
     "distributed": ["World", "set_up_world"],
-    "command line": ["check_config", "field_comments", "main", "parse_arguments", "read_record", "set_up"],
+    "command line": [
+        "check_config",
+        "field_comments",
+        "field_types",
+        "list_records",
+        "main",
+        "parse_arguments",
+        "read_record",
+        "records_folder",
+        "set_up",
+    ],
     "data order": [
         "OFFICIAL_SHA256",
         "Plan",

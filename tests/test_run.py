@@ -329,7 +329,9 @@ def test_a_disk_that_is_too_small_is_refused(track, small, folder, monkeypatch, 
     assert track.main(flags(**small | {"run_name": "another"})) == 2
     error = capsys.readouterr().err
     assert (
-        "the run needs up to " in error and "the weights of 2 epochs" in error and "choose another --runs-dir" in error
+        "the run needs up to " in error
+        and "weights for the readout, 2 x " in error
+        and "choose another --runs-dir" in error
     )
     assert not folder.with_name("another").exists()
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -72,7 +72,7 @@ class GPTConfig:
 
     vocab_size: int = 50257  # token ids of the data; the tables have this rounded up to a multiple of 64
     sequence_len: int = 2048  # tokens in a training or validation sequence
-    n_layer: int = 16  # transformer blocks; even, since the U-Net pairs them
+    n_layer: int = 16  # transformer blocks; even if there is a U-Net, which pairs them
     n_head: int = 8  # attention heads
     n_embd: int = 1024  # width of the residual stream
     window_pattern: str = "SSSL"  # attention windows by layer, repeated: S = T/2, L = T; the last layer is always L
@@ -97,14 +97,13 @@ class GPTConfig:
             "must be a multiple of 4, change --n-embd or --n-head",
         )
         require(self.n_embd >= 32, f"n_embd {self.n_embd} is too small: gates read the first 32 dimensions")
-        require(self.n_layer % 2 == 0, f"n_layer {self.n_layer} is odd: the U-Net pairs layers, change --n-layer")
+        paired = self.n_layer % 2 == 0 or not self.u_net
+        require(paired, f"n_layer {self.n_layer} is odd: the U-Net pairs layers, change --n-layer, or give --no-u-net")
         letters = set(self.window_pattern)
         require(letters and letters <= set("SL"), f"window_pattern {self.window_pattern!r} must be of letters S and L")
         require(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
         require(self.logit_cap > 0, "logit_cap must be positive")
-        require(
-            -1 <= self.xsa_layers <= self.n_layer, f"--xsa-layers {self.xsa_layers} is not in -1 ... {self.n_layer}"
-        )
+        require(self.xsa_layers >= -1, f"--xsa-layers {self.xsa_layers} must be -1 (all), 0 or more")
 
     # Copied from model.py: GPTConfig.padded_vocab
     @property
@@ -163,7 +162,7 @@ class Config(GPTConfig):
     warmdown: float = 0.4  # part of the steps, at the end, over which the learning rate falls
     warmdown_shape: Literal["sqrt", "linear"] = "linear"  # how it falls, before the cycles
     swa_epochs: int = 4  # last epochs, with a cyclic learning rate (0: none)
-    readout: Literal["average", "last", "ema"] = "average"  # of the last epochs' weights; the last; moving average
+    readout: Literal["average", "last", "ema"] = "average"  # of epochs' weights; last weights; moving average
     readout_epochs: int = 4  # last epochs, whose final weights are averaged with weights 1:2:3...
     ema_every: int = 10  # steps between updates of the exponential moving average of the weights
     ema_decay: float = 0.15  # what an epoch leaves of the average before it
@@ -193,7 +192,8 @@ class Config(GPTConfig):
             f"--decay-hold {self.decay_hold} and --decay-low {self.decay_low} must be in this order, from 0 to "
             f"--num-epochs {self.num_epochs}: lower them, or train longer",
         )
-        require(self.weight_decay > 0, f"--weight-decay {self.weight_decay}: its schedule is relative to it, not 0")
+        fits = self.weight_decay > 0 or not self.decay_schedule
+        require(fits, f"--weight-decay {self.weight_decay}: its schedule is relative to it, not 0")
         for name in ("ema_every", "mtp_until"):
             require(getattr(self, name) > 0, f"--{name.replace('_', '-')} {getattr(self, name)} must be positive")
         for name in ("passes_from", "mtp_until"):
@@ -215,8 +215,8 @@ class Config(GPTConfig):
     # Copied from train.py: Config.kept_epochs
     @property
     def kept_epochs(self) -> int:
-        """Last epochs whose final weights the readout needs."""
-        return self.readout_epochs if self.readout == "average" else 1
+        """Last epochs whose final weights the readout needs; a moving average needs those of the last step alone."""
+        return {"average": self.readout_epochs, "last": 1, "ema": 0}[self.readout]
 
     # Copied from train.py: Config.device_rows
     @property
@@ -226,18 +226,9 @@ class Config(GPTConfig):
         return min(self.device_batch or rows, rows)
 
 
-# Copied from train.py: check_choices
-def check_choices(c: Config) -> None:
-    """Refuse a setting that is none of its choices (ValueError); argparse does so too, but not for records' files."""
-    for name, hint in field_types().items():
-        choices, value = typing.get_args(hint) if typing.get_origin(hint) is Literal else (), getattr(c, name)
-        require(not choices or value in choices, f"{name} is {value!r}: it must be one of {', '.join(choices)}")
-
-
 # Copied from train.py: check_config
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError); those that the tracks share."""
-    check_choices(c)
     positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
     positive.append("log_every")
     for name in [*positive, "device_batch", "swa_epochs", "time_cap_min", "meta_step", "seed"]:
@@ -304,13 +295,27 @@ def records_folder() -> Path:
 
 # Copied from train.py: list_records
 def list_records() -> str:
-    """The track's records, a line each; a star marks those that --record trains."""
-    folder, lines = records_folder(), []
+    """The track's records, a line each."""
+    folder, lines = records_folder(), ["number, validation loss, time, change; --record trains those with a star"]
     for entry in read_json(folder / "records.json", {"records"}, "restore it")["records"]:
         star = "*" if any(folder.glob(f"{entry['number']:02d}-*.json")) else " "
         minutes = f"{'~' * entry['time_is_approximate']}{entry['minutes']:g} min"
         lines.append(f"{star}{entry['number']:3}  {entry['val_loss']:.3f}  {minutes:>10}  {entry['change']}")
     return "\n".join(lines)
+
+
+# Copied from train.py: toy_settings
+def toy_settings(settings: dict) -> dict:
+    """DEMO's values beside a record's settings: its sizes, in the record's proportion. What is off there stays off."""
+    toy = {}
+    for name, value in DEMO.items():
+        default, own = getattr(Config, name), settings.get(name, getattr(Config, name))
+        if type(value) in (int, float) and value and not own:
+            continue
+        if name in settings and name not in ("num_epochs", "replay_from_epoch"):
+            value = type(value)(value * own / default) if default else own
+        toy[name] = value
+    return toy
 
 
 # Copied from train.py: read_record
@@ -320,10 +325,14 @@ def read_record(number: int) -> dict:
     known = ", ".join(map(str, files)) or "none"
     require(number in files, f"--record {number}: the {TRACK} track has settings of {known}; see --list-records")
     settings = read_json(files[number], {"settings"}, "restore it")["settings"]
-    unknown = settings.keys() - field_types().keys()
-    require(
-        not unknown, f"{files[number]} sets {', '.join(sorted(unknown))}, which this script does not have: correct it"
-    )
+    require(isinstance(settings, dict), f"{files[number]}: its settings are no JSON object: restore it")
+    unknown = ", ".join(sorted(settings.keys() - field_types().keys()))
+    require(not unknown, f"{files[number]} sets {unknown}, which this script does not have: correct it")
+    for name, value in settings.items():
+        hint = field_types()[name]
+        choices = typing.get_args(hint) or (f"of type {hint.__name__}",)
+        fits = value in choices or type(value) is hint or (hint is float and type(value) is int)
+        require(fits, f"{files[number]} sets {name} to {value!r}: it must be {' or '.join(choices)}")
     return settings
 
 
@@ -332,7 +341,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     """Command line -> (fields of Config that were given, run folder to resume or None).
 
     Every field is a flag with its comment as help text. --record stands for the settings of a published record, --demo
-    for the values in DEMO, but for what the record is without; flags override both.
+    for the values in DEMO (beside --record, see toy_settings); flags override both.
     """
     usage = "%(prog)s [--demo] [--record N | --resume RUN_DIR] [--FLAG VALUE ...]"
     layout = argparse.RawDescriptionHelpFormatter
@@ -355,13 +364,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     given = vars(parser.parse_args(argv))
     demo, resume, record = (given.pop(name) for name in ("demo", "resume", "record"))
     if given.pop("list_records"):
-        print(list_records())
+        if os.environ.get("RANK", "0") == "0":
+            print(list_records())
         parser.exit()
     require(record is None or resume is None, "--record is for a new run: --resume goes on with the run's own settings")
     settings = {} if record is None else read_record(record)
-    toy = DEMO if demo else {}
-    if record is not None:  # what the record is without stays off
-        toy = {name: value for name, value in toy.items() if not value or settings.get(name, getattr(Config, name))}
+    toy = {} if not demo else DEMO if record is None else toy_settings(settings)
     return settings | toy | given, resume
 
 
@@ -866,7 +874,7 @@ class GPT(nn.Module):
         self.lm_head = Head(config)
         self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.empty(L)), nn.Parameter(torch.empty(L))
         self.skip_weights = nn.Parameter(torch.empty(L // 2)) if config.u_net else None
-        exclusive = L if config.xsa_layers < 0 else config.xsa_layers
+        exclusive = L if config.xsa_layers < 0 else min(L, config.xsa_layers)
         self.xsa_alphas = nn.Parameter(torch.empty(exclusive, config.n_head)) if exclusive else None
         self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in with_ve})
         self._layer, self._cross_entropy, self._head_chunk = layer, cross_entropy, head_chunk
@@ -1191,9 +1199,10 @@ def disk_space(folder: Path) -> tuple[float, float]:
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
-    needed = config.kept_epochs * member + 3 * checkpoint
+    members = max(1, config.kept_epochs)
+    needed = members * member + 3 * checkpoint
     there, free = disk_space(folder)
-    parts = f"the weights of {config.kept_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
+    parts = f"weights for the readout, {members} x {member:.3g} GiB in {str(dtype)[6:]}, "
     parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
     said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"
     had = f", and {there:.3g} GiB of it are there" if there else ""
@@ -1229,18 +1238,11 @@ def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     """
     lr, decay, betas = config.lr_multiplier, config.weight_decay, (0.8, 0.95)
     gates, mlp = ([name for name in names if part in name] for part in (".attn_gate.", ".mlp."))
-    scalar_lr = config.scalar_lr * lr
+    scalar_lr, scalars = config.scalar_lr * lr, [name for name in ("resid_lambdas", "skip_weights") if name in names]
     table = [  # method, parameters, learning rate, weight decay, betas, moved
         ("adamw", ["lm_head.weight"], config.head_lr * lr, decay, betas, False),
         ("adamw", ["transformer.wte.weight"], config.embedding_lr * lr, decay, betas, False),
-        (
-            "adamw",
-            [name for name in ("resid_lambdas", "skip_weights") if name in names],
-            scalar_lr * 0.01,
-            0.0,
-            betas,
-            False,
-        ),
+        ("adamw", scalars, scalar_lr * 0.01, 0.0, betas, False),
         ("adamw", ["x0_lambdas"], scalar_lr, 0.0, (0.96, 0.95), False),
         ("adamw", gates, scalar_lr, 0.0, (0.9, 0.99), False),
         ("adamw", [name for name in names if name == "xsa_alphas"], scalar_lr, 0.0, (0.9, 0.95), False),
@@ -1800,14 +1802,12 @@ class TrainLoader:
 
         shuffle "micro_steps": each epoch permutes its micro-steps, of all virtual ranks, from their order before.
         """
-        size, sequences = (
-            VIRTUAL_RANKS * self.plan.config.micro_batch,
-            self.shard.sequences(self.plan.config.sequence_len + 1),
-        )
+        config = self.plan.config
+        size, sequences = VIRTUAL_RANKS * config.micro_batch, self.shard.sequences(config.sequence_len + 1)
         order = np.random.RandomState(self.shard.seq_shuffle_seed).permutation(len(sequences))
         order = order[: len(order) // size * size].reshape(-1, size)
-        seeds = (shuffle_seeds(self.plan.config, number)[0] for number in range(1, epoch + 1))
-        for seed in seeds if self.plan.config.shuffle == "micro_steps" else ():
+        seeds = (shuffle_seeds(config, number)[0] for number in range(1, epoch + 1))
+        for seed in seeds if config.shuffle == "micro_steps" else ():
             if seed is not None:
                 order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).numpy()]
         return sequences, order.ravel()
@@ -2494,7 +2494,8 @@ class Trainer:
         """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
         epoch = self.plan.epochs_done(self.step) + (not complete)
         self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
-        if epoch > self.config.num_epochs - self.config.kept_epochs or self.stopped_by == "time_cap":
+        last = epoch > self.config.num_epochs - self.config.kept_epochs
+        if last or (self.stopped_by == "time_cap" and self.config.kept_epochs):
             self.keep_member(f"epoch_{epoch:02d}.safetensors", epoch)
 
     def keep_member(self, file: str, epoch: int) -> None:
@@ -2668,8 +2669,9 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     trained at the end; readout "ema" takes the exponential moving average of all of the run's weights. Recorded beside
     it: the other one, and if there are several members their average with equal weights.
     """
-    members, eval_sets = trainer.members[-trainer.config.kept_epochs :], trainer.eval_sets
-    weights, by_average = recency_weights(members), trainer.config.readout == "ema"
+    by_average, eval_sets = trainer.config.readout == "ema", trainer.eval_sets
+    members = [] if by_average else trainer.members[-trainer.config.kept_epochs :]
+    weights = recency_weights(members)
     how = stage(trainer.plan, trainer.step - 1)
 
     def use_ema() -> None:
@@ -2688,15 +2690,14 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     def score(name: str) -> Score:
         return eval_sets[name].score(eval_sets[name].nats(partial(trainer.token_losses, **how)))
 
-    averages = [
-        ("exponential_moving_average", use_ema),
-        ("weight_average_equal_weights", partial(use_members, [1 / len(members)] * len(members))),
-        ("weight_average" if len(members) > 1 else "last", partial(use_members, weights)),
-    ]
-    if len(members) == 1:
-        averages.pop(1)
+    moving, last = ("exponential_moving_average", use_ema), ("last", partial(use_members, weights))
     if by_average:  # the declared one comes last: the model holds it then, for the holdout
-        averages.reverse()
+        averages = [("last", trainer.weights.refresh), moving]  # the model has the last weights
+    elif len(members) == 1:
+        averages = [moving, last]
+    else:
+        equal = partial(use_members, [1 / len(members)] * len(members))
+        averages = [moving, ("weight_average_equal_weights", equal), ("weight_average", partial(use_members, weights))]
     for name, use in averages:
         if trainer.any_signal():
             return None
@@ -2705,7 +2706,7 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
         trainer.readouts[name] = val.loss
     holdout = score("holdout") if "holdout" in eval_sets else None
     if by_average:
-        trainer.keep_member("moving_average.safetensors", members[-1]["epoch"])
+        trainer.keep_member("moving_average.safetensors", trainer.plan.epochs_done(trainer.step))
         members, weights = trainer.members[-1:], [1.0]
     for weight, member in zip(weights, members, strict=True):
         member["weight"] = weight
@@ -2810,11 +2811,13 @@ def final_block(result: dict, folder: Path) -> str:
     bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
     holdout = f"{result['holdout_loss']:.4f}" if result["holdout_loss"] is not None else "none"
     because = "; ".join(result["not_eligible_because"])
+    several = len(result["final_sha256"]) > 2  # the members, and members.json
+    averaged = f"{result['mixing']}-averaged" if several else "one member"
     ended = "finished" if result["stopped_by"] == "steps" else f"stopped by {result['stopped_by']}"
     lines = [
         f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
         *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
-        f"val_loss   {result['val_loss']:.4f} ({result['mixing']}-averaged){bpb}; best {result['best_val_loss']:.4f}",
+        f"val_loss   {result['val_loss']:.4f} ({averaged}){bpb}; best {result['best_val_loss']:.4f}",
         f"holdout    {holdout}",
         f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
         f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "

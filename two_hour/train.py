@@ -100,7 +100,7 @@ class GPTConfig:
 
     vocab_size: int = 50257  # token ids of the data; the tables have this rounded up to a multiple of 64
     sequence_len: int = 2048  # tokens in a training or validation sequence
-    n_layer: int = 30  # transformer blocks; even, since the U-Net pairs them
+    n_layer: int = 30  # transformer blocks; even if there is a U-Net, which pairs them
     n_head: int = 14  # attention heads
     n_embd: int = 1792  # width of the residual stream
     window_pattern: str = "SSSL"  # attention windows by layer, repeated: S short, L long; the last layer's is always L
@@ -179,7 +179,8 @@ def check_model(c: GPTConfig) -> None:
         "of dimensions, change --n-embd or --n-head",
     )
     require(c.n_embd >= 32, f"n_embd {c.n_embd} is too small: gates read the first 32 dimensions")
-    require(c.n_layer % 2 == 0, f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer")
+    paired = c.n_layer % 2 == 0 or not c.u_net
+    require(paired, f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer, or give --no-u-net")
     letters = set(c.window_pattern)
     require(letters and letters <= set("SL"), f"window_pattern {c.window_pattern!r} must be of letters S and L")
     require(
@@ -209,7 +210,7 @@ class Config(GPTConfig):
     time_cap_min: float = 120.0  # minutes of training time (0: no cap, and the run is not eligible)
     lr_multiplier: float = 0.25  # factor on all learning rates below but mix_lr
     matrix_lr: float = 0.04  # Muon: all matrices but the tables
-    embedding_lr: float = 0.15  # AdamW: wte
+    embedding_lr: float = 0.15  # AdamW: wte and tables of value embeddings
     head_lr: float = 0.002  # AdamW: lm_head
     scalar_lr: float = 0.1  # AdamW: x0_lambdas; times 0.01, resid_lambdas and skip_weights
     mix_lr: float = 0.02  # AdamW: q_mix, k_mix, v_mix
@@ -219,8 +220,8 @@ class Config(GPTConfig):
     warmdown: float = 0.2  # part of the steps, at the end, over which the learning rate falls
     warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # how it falls, before the cycles
     swa_epochs: int = 8  # last epochs, with a cyclic learning rate (0: none)
-    readout: Literal["average", "last", "ema"] = "average"  # of the last epochs; the last weights, 0.3 of their EMA
-    readout_epochs: int = 11  # last epochs, whose final weights are averaged in probability with weights 1:2:3...
+    readout: Literal["average", "last", "ema"] = "average"  # of epochs; last weights; 0.7 of them, 0.3 of their EMA
+    readout_epochs: int = 11  # last epochs, whose final weights the average mixes in probability with weights 1:2:3...
     replay_from_epoch: int = 14  # first epoch with layer replay (0: never)
     meta_gradient: bool = False  # that of the limited track, with --dropout 0.05 --stochastic-depth 0 beside it
     meta_step: float = 0.5  # length of that move, before the warmdown
@@ -258,8 +259,8 @@ class Config(GPTConfig):
     # Copied from train.py: Config.kept_epochs
     @property
     def kept_epochs(self) -> int:
-        """Last epochs whose final weights the readout needs."""
-        return self.readout_epochs if self.readout == "average" else 1
+        """Last epochs whose final weights the readout needs; a moving average needs those of the last step alone."""
+        return {"average": self.readout_epochs, "last": 1, "ema": 0}[self.readout]
 
     # Copied from train.py: Config.device_rows
     @property
@@ -269,18 +270,9 @@ class Config(GPTConfig):
         return min(self.device_batch or rows, rows)
 
 
-# Copied from train.py: check_choices
-def check_choices(c: Config) -> None:
-    """Refuse a setting that is none of its choices (ValueError); argparse does so too, but not for records' files."""
-    for name, hint in field_types().items():
-        choices, value = typing.get_args(hint) if typing.get_origin(hint) is Literal else (), getattr(c, name)
-        require(not choices or value in choices, f"{name} is {value!r}: it must be one of {', '.join(choices)}")
-
-
 # Copied from train.py: check_config
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError); those that the tracks share."""
-    check_choices(c)
     positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
     positive.append("log_every")
     for name in [*positive, "device_batch", "swa_epochs", "time_cap_min", "meta_step", "seed"]:
@@ -350,13 +342,20 @@ def records_folder() -> Path:
 
 # Copied from train.py: list_records
 def list_records() -> str:
-    """The track's records, a line each; a star marks those that --record trains."""
-    folder, lines = records_folder(), []
+    """The track's records, a line each."""
+    folder, lines = records_folder(), ["number, validation loss, time, change; --record trains those with a star"]
     for entry in read_json(folder / "records.json", {"records"}, "restore it")["records"]:
         star = "*" if any(folder.glob(f"{entry['number']:02d}-*.json")) else " "
         minutes = f"{'~' * entry['time_is_approximate']}{entry['minutes']:g} min"
         lines.append(f"{star}{entry['number']:3}  {entry['val_loss']:.3f}  {minutes:>10}  {entry['change']}")
     return "\n".join(lines)
+
+
+# Adapted from train.py: toy_settings -- windows
+def toy_settings(settings: dict) -> dict:
+    """DEMO's values beside a record's settings: its sizes. What is off there stays off."""
+    windows = DEMO["window_schedule"] if ";" in settings.get("window_schedule", ";") else "1-6:64,128"
+    return DEMO | {"window_schedule": windows}
 
 
 # Copied from train.py: read_record
@@ -366,10 +365,14 @@ def read_record(number: int) -> dict:
     known = ", ".join(map(str, files)) or "none"
     require(number in files, f"--record {number}: the {TRACK} track has settings of {known}; see --list-records")
     settings = read_json(files[number], {"settings"}, "restore it")["settings"]
-    unknown = settings.keys() - field_types().keys()
-    require(
-        not unknown, f"{files[number]} sets {', '.join(sorted(unknown))}, which this script does not have: correct it"
-    )
+    require(isinstance(settings, dict), f"{files[number]}: its settings are no JSON object: restore it")
+    unknown = ", ".join(sorted(settings.keys() - field_types().keys()))
+    require(not unknown, f"{files[number]} sets {unknown}, which this script does not have: correct it")
+    for name, value in settings.items():
+        hint = field_types()[name]
+        choices = typing.get_args(hint) or (f"of type {hint.__name__}",)
+        fits = value in choices or type(value) is hint or (hint is float and type(value) is int)
+        require(fits, f"{files[number]} sets {name} to {value!r}: it must be {' or '.join(choices)}")
     return settings
 
 
@@ -378,7 +381,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     """Command line -> (fields of Config that were given, run folder to resume or None).
 
     Every field is a flag with its comment as help text. --record stands for the settings of a published record, --demo
-    for the values in DEMO, but for what the record is without; flags override both.
+    for the values in DEMO (beside --record, see toy_settings); flags override both.
     """
     usage = "%(prog)s [--demo] [--record N | --resume RUN_DIR] [--FLAG VALUE ...]"
     layout = argparse.RawDescriptionHelpFormatter
@@ -401,13 +404,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     given = vars(parser.parse_args(argv))
     demo, resume, record = (given.pop(name) for name in ("demo", "resume", "record"))
     if given.pop("list_records"):
-        print(list_records())
+        if os.environ.get("RANK", "0") == "0":
+            print(list_records())
         parser.exit()
     require(record is None or resume is None, "--record is for a new run: --resume goes on with the run's own settings")
     settings = {} if record is None else read_record(record)
-    toy = DEMO if demo else {}
-    if record is not None:  # what the record is without stays off
-        toy = {name: value for name, value in toy.items() if not value or settings.get(name, getattr(Config, name))}
+    toy = {} if not demo else DEMO if record is None else toy_settings(settings)
     return settings | toy | given, resume
 
 
@@ -1247,9 +1249,10 @@ def disk_space(folder: Path) -> tuple[float, float]:
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
-    needed = config.kept_epochs * member + 3 * checkpoint
+    members = max(1, config.kept_epochs)
+    needed = members * member + 3 * checkpoint
     there, free = disk_space(folder)
-    parts = f"the weights of {config.kept_epochs} epochs, {member:.3g} GiB each in {str(dtype)[6:]}, "
+    parts = f"weights for the readout, {members} x {member:.3g} GiB in {str(dtype)[6:]}, "
     parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
     said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"
     had = f", and {there:.3g} GiB of it are there" if there else ""
@@ -1285,10 +1288,11 @@ def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     lr, decay, betas = config.lr_multiplier, config.weight_decay, (0.8, 0.95)
     mixes = [name for name in names if name.endswith("_mix")]
     embeddings = ["transformer.wte.weight", *(name for name in names if name.startswith("ve_tables."))]
+    # a group each: what AdamW computes with is as large as its largest group
     scalars = [name for name in ("resid_lambdas", "skip_weights") if name in names]
     table = [  # method, parameters, learning rate, weight decay, betas
         ("adamw", ["lm_head.weight"], config.head_lr * lr, decay, betas),
-        ("adamw", embeddings, config.embedding_lr * lr, decay, betas),
+        *(("adamw", [name], config.embedding_lr * lr, decay, betas) for name in embeddings),
         ("adamw", scalars, config.scalar_lr * lr * 0.01, 0.0, betas),
         ("adamw", ["x0_lambdas"], config.scalar_lr * lr, 0.0, (0.96, 0.95)),
         ("adamw", mixes, config.mix_lr, 0.0, betas),
@@ -1844,14 +1848,12 @@ class TrainLoader:
 
         shuffle "micro_steps": each epoch permutes its micro-steps, of all virtual ranks, from their order before.
         """
-        size, sequences = (
-            VIRTUAL_RANKS * self.plan.config.micro_batch,
-            self.shard.sequences(self.plan.config.sequence_len + 1),
-        )
+        config = self.plan.config
+        size, sequences = VIRTUAL_RANKS * config.micro_batch, self.shard.sequences(config.sequence_len + 1)
         order = np.random.RandomState(self.shard.seq_shuffle_seed).permutation(len(sequences))
         order = order[: len(order) // size * size].reshape(-1, size)
-        seeds = (shuffle_seeds(self.plan.config, number)[0] for number in range(1, epoch + 1))
-        for seed in seeds if self.plan.config.shuffle == "micro_steps" else ():
+        seeds = (shuffle_seeds(config, number)[0] for number in range(1, epoch + 1))
+        for seed in seeds if config.shuffle == "micro_steps" else ():
             if seed is not None:
                 order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).numpy()]
         return sequences, order.ravel()
@@ -2545,7 +2547,8 @@ class Trainer:
         """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
         epoch = self.plan.epochs_done(self.step) + (not complete)
         self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
-        if epoch > self.config.num_epochs - self.config.kept_epochs or self.stopped_by == "time_cap":
+        last = epoch > self.config.num_epochs - self.config.kept_epochs
+        if last or (self.stopped_by == "time_cap" and self.config.kept_epochs):
             self.keep_member(f"epoch_{epoch:02d}.safetensors", epoch)
 
     def keep_member(self, file: str, epoch: int) -> None:
@@ -2713,14 +2716,14 @@ def use_average(trainer: Trainer) -> None:
 
 # Copied from train.py: blend_with_average
 def blend_with_average(trainer: Trainer) -> None:
-    """Make 0.7 of the last weights and 0.3 of their moving average the newest member, the only one that is read out."""
-    if trainer.step < round(0.9 * trainer.plan.num_steps):
-        return trainer.run.log("stopped before the moving average of the weights began: the last weights are read out")
-    for bucket in trainer.optimizer.buckets:
-        average = bucket.whole(bucket.state["average"])
-        bucket.values.copy_(bucket.values.to(average.dtype).lerp(average, 0.3))
+    """Make 0.7 of the last weights, which the model has, and 0.3 of their moving average the readout's only member."""
+    if trainer.step >= round(0.9 * trainer.plan.num_steps):
+        for bucket in trainer.optimizer.buckets:
+            average = bucket.whole(bucket.state["average"])
+            bucket.values.copy_(bucket.values.to(average.dtype).lerp(average, 0.3))
+    else:
+        trainer.run.log("stopped before the moving average of the weights began: the last weights are read out")
     trainer.keep_member("blend.safetensors", trainer.plan.epochs_done(trainer.step))
-    return None
 
 
 # Copied from train.py: read_out
@@ -2732,7 +2735,7 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     """
     if trainer.config.readout == "ema":
         blend_with_average(trainer)
-    members, eval_sets = trainer.members[-trainer.config.kept_epochs :], trainer.eval_sets
+    members, eval_sets = trainer.members[-max(1, trainer.config.kept_epochs) :], trainer.eval_sets
     weights = recency_weights(members)
     how, nats = stage(trainer.plan, trainer.step - 1), {name: [] for name in eval_sets}
     losses = partial(trainer.token_losses, **how)
@@ -2855,11 +2858,13 @@ def final_block(result: dict, folder: Path) -> str:
     bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
     holdout = f"{result['holdout_loss']:.4f}" if result["holdout_loss"] is not None else "none"
     because = "; ".join(result["not_eligible_because"])
+    several = len(result["final_sha256"]) > 2  # the members, and members.json
+    averaged = f"{result['mixing']}-averaged" if several else "one member"
     ended = "finished" if result["stopped_by"] == "steps" else f"stopped by {result['stopped_by']}"
     lines = [
         f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
         *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
-        f"val_loss   {result['val_loss']:.4f} ({result['mixing']}-averaged){bpb}; best {result['best_val_loss']:.4f}",
+        f"val_loss   {result['val_loss']:.4f} ({averaged}){bpb}; best {result['best_val_loss']:.4f}",
         f"holdout    {holdout}",
         f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
         f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "
