@@ -253,6 +253,8 @@ def open_folders(paths: list[Path]) -> tuple[list[Folder], Path | None]:
     for path in paths:
         require(path.is_dir(), f"{path} is not a folder: name run folders, such as runs/<name>")
         submitted = not (path / "config.json").exists() and any(path.glob("seed-*"))
+        part = path.name.startswith("seed-") and not (path / "code").exists()
+        require(not part, f"{path} is a part of a submitted record: name the folder above, {path.parent}")
         require(submitted or (path / "config.json").exists(), f"{path} has neither config.json nor seed-*/: name a run")
         require(not submitted or len(paths) == 1, f"{path} is a submitted record: name it alone")
         if submitted:
@@ -490,9 +492,11 @@ def check_code(check: Check, run: Folder, judge: Judge) -> str:
     hidden = differing(told, changed)
     check.need(not hidden, f"overrides are not what differs from the code's defaults: {hidden}")
     settings = {k: v for k, v in changed.items() if k not in OF_A_RUN | KERNELS}
+    if check.other_data and settings:
+        check.note(f"{len(settings)} settings are not the script's defaults, as a record's are: {', '.join(settings)}")
     said = ", ".join(f"{k} {v!r} (default {defaults[k]!r})" for k, v in settings.items())
     advice = "put them into its defaults, and run it again"
-    check.record_needs(not settings, f"hyperparameters that are not in the script: {said}: {advice}")
+    check.need(check.other_data or not settings, f"hyperparameters that are not in the script: {said}: {advice}")
     harmless = ", ".join(sorted(changed.keys() - settings.keys())) or "none"
     return f"{found[:12]}, {len(defaults)} settings as in the code, overrides: {harmless}"
 
@@ -757,7 +761,8 @@ def check_data(check: Check, run: Folder, judge: Judge) -> str:
             check.need(sha256 == found, f"{split} in {directory} is {found[:12]}..., {name} says {sha256[:12]}...")
         check.need({"train", "val"} <= said.keys(), f"{name} has no hashes of train and val")
     files = ", ".join(f"{split} {shard.sha256[:12]}" for split, shard in shards.items())
-    check.record_needs(run.official, f"not a record: the data are not the official files ({files})")
+    said = f"not a record: the data are not the official files ({files})"
+    check.record_needs(run.official, said if check.other_data else f"{said}; for data of your own give --other-data")
     return f"{directory}: {files}"
 
 
@@ -1030,7 +1035,9 @@ def check_seeds(check: Check, runs: list[Folder], judge: Judge) -> str:
     """Seeds are 42, 43, ..., so that none can be left out."""
     seeds = sorted(run.config["seed"] for run in runs)
     needed = list(range(FIRST_SEED, FIRST_SEED + len(runs)))
-    check.need(seeds == needed, f"the seeds are {seeds}, not {needed}")
+    missing = [seed for seed in range(FIRST_SEED, max(seeds)) if seed not in seeds]
+    said = f": {', '.join(map(str, missing))} is missing" if missing else ""
+    check.need(seeds == needed, f"the seeds are {seeds}, not {needed}{said}")
     for run in runs if judge.submitted else ():
         check.need(run.name == f"seed-{run.config['seed']}", f"{run.name}/ is the run with seed {run.config['seed']}")
     return f"seeds {', '.join(map(str, seeds))}"
@@ -1065,18 +1072,20 @@ def best_so_far(run: Folder, judge: Judge) -> dict | None:
 def check_significance(check: Check, runs: list[Folder], judge: Judge) -> str:
     """n runs with mean mu beat the best so far, rho, if (rho - mu) sqrt(n) >= 0.0047."""
     n, mu = len(runs), sum(number(run.result["val_loss"]) for run in runs) / len(runs)
-    best = best_so_far(runs[0], judge)
+    best, alone = best_so_far(runs[0], judge), n == 1 and judge.submitted is None and not judge.options.submission
     if best is None:
-        check.record_needs(False, f"mean val_loss {mu:.5f}; no record on these data to compare with")
+        (check.notes if alone or check.other_data else check.fails).append(
+            f"mean val_loss {mu:.5f}; no record on these data to compare with"
+        )
         return ""
     rho = number(best["val_loss"])
     found, needed = (rho - mu) * math.sqrt(n), SIGNIFICANT / math.sqrt(n)
-    text = f"mean {mu:.5f} of {n} runs, the best so far is {rho} (number {best['number']}): "
+    text = f"mean {mu:.5f} of {n} run{'s' * (n > 1)}, the best so far is {rho:.5f} (number {best['number']}): "
     text += f"(rho - mu) sqrt(n) is {found:.5f}, at least {SIGNIFICANT} is needed"
     if found >= SIGNIFICANT - 1e-9:  # which rounding takes away
         return text
-    if n == 1 and judge.submitted is None and not judge.options.submission:
-        check.note(f"one run; a submission needs a mean {needed:.4f} below {rho}, or more seeds: {text}")
+    if alone:
+        check.note(f"one run; a submission needs a mean {needed:.4f} below {rho:.5f}, or more seeds: {text}")
         return ""
     check.need(False, text)
     return text
@@ -1095,13 +1104,16 @@ SUBMISSION_CHECKS = [
 
 
 def judge_run(run: Folder, judge: Judge) -> None:
-    """All checks of one run."""
+    """All checks of one run; of one that has not finished there is only that to say."""
+    if not (run.path / "result.json").exists():
+        how = "copy it from the run folder" if judge.submitted else f"resume it with its script's --resume {run.path}"
+        return judge.add("FAIL", "completeness", run.name, f"it has no result.json, as it has not finished: {how}")
     if judge.submitted is None:
         judge.run_check("files", run.name, check_files, run.path, RUN_FOLDER)
     for name, function in STATIC_CHECKS if judge.options.static else STATIC_CHECKS + DATA_CHECKS:
         judge.run_check(name, run.name, function, run, judge)
     if judge.options.static:
-        return
+        return None
     try:
         judge.scored[run.name] = score_run(run, judge)
     except Exception as error:  # each check that needs the scores fails with it
@@ -1109,9 +1121,10 @@ def judge_run(run: Folder, judge: Judge) -> None:
         text = f"cannot be checked, as the run is not scored: {said}"
         for name, _ in SCORE_CHECKS:
             judge.add("FAIL", name, run.name, text)
-        return
+        return None
     for name, function in SCORE_CHECKS:
         judge.run_check(name, run.name, function, run, judge)
+    return None
 
 
 def judge_folders(paths: list[Path], options: Options) -> Judge:
@@ -1124,6 +1137,8 @@ def judge_folders(paths: list[Path], options: Options) -> Judge:
         judge.run_check("files", name, check_files, submitted, SUBMITTED_FOLDER)
     for run in runs:
         judge_run(run, judge)
+    if not all((run.path / "result.json").exists() for run in runs):
+        return judge
     for check, function in SUBMISSION_CHECKS if several else SUBMISSION_CHECKS[-1:]:
         judge.run_check(check, name, function, runs, judge)
     if judge.options.static:
@@ -1174,7 +1189,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR", help="run folders, or a submitted record")
     add_options(parser)
     parser.add_argument("--static", action="store_true", help="only what needs no weights, no data and no execution")
-    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="write the findings [to stdout, alone]")
+    parser.add_argument(
+        "--json", metavar="FILE", nargs="?", const="-", help="write the findings as JSON [instead of the lines]"
+    )
     parser.add_argument(
         "--probe-seed", type=int, default=argparse.SUPPRESS, help="repeats the probes of an earlier judgement"
     )

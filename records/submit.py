@@ -59,7 +59,7 @@ def settings_flags(run: Folder) -> str:
     return "".join(f" {shlex.quote(flag)}" for flag in flags)
 
 
-def readme(entry: dict, runs: list[Folder], description: str, finding: str) -> str:
+def readme(entry: dict, runs: list[Folder], description: str, finding: str, records_dir: Path) -> str:
     """README.md of a submitted folder."""
     results = [run.result for run in runs]
     head = ["seed", "val_loss", "best", "holdout", "minutes", "run"]
@@ -72,7 +72,10 @@ def readme(entry: dict, runs: list[Folder], description: str, finding: str) -> s
     track, by = runs[0].track, ", ".join(entry["contributors"]) or "unnamed"
     data = "the official files" if runs[0].official else f"not the official files, val {entry['data_sha256'][:12]}"
     processes = f"torchrun --standalone --nproc_per_node={min(8, results[0]['world_size'])}"
-    where = f"records/{track}/{entry['folder']}"
+    where, flags, other = f"records/{track}/{entry['folder']}", settings_flags(runs[0]), ""
+    if not runs[0].official:
+        where, other = f"{records_dir}/{track}/{entry['folder']}", f" --other-data --records-dir {records_dir}"
+        flags += f" --data-dir {shlex.quote(runs[0].config['data_dir'])}"
     parts = [
         f"# {entry['change']}",
         f"Track {track}, number {entry['number']}, by {by}, {entry['date']}.",
@@ -80,8 +83,8 @@ def readme(entry: dict, runs: list[Folder], description: str, finding: str) -> s
         table(head, rows).strip(),
         f"Significance: {finding}.",
         f"On {entry['hardware']}; {'; '.join(versions)}; data: {data}.",
-        f"Run it again:\n\n```sh\n{processes} {where}/code/train.py --seed 42{settings_flags(runs[0])}\n```",
-        f"Check this folder: `python records/referee.py {where}`.",
+        f"Run it again:\n\n```sh\n{processes} {where}/code/train.py --seed 42{flags}\n```",
+        f"Check this folder: `python records/referee.py {where}{other}`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -188,20 +191,24 @@ def submit(arguments: argparse.Namespace) -> int:
     path = arguments.records_dir / runs[0].track / "records.json"
     listed = read_list(path, arguments.other_data)
     numbers = [entry["number"] for entry in listed["records"]]
+    folder = path.parent / f"{max(numbers, default=0) + 1:02d}-{slug(arguments.title)}"
+    print("The runs:", flush=True)
     judge = referee.judge_folders(arguments.folders, options)
     if referee.report(judge)["ok"]:
+        print(f"\nThe folder that is to be {folder}:", flush=True)
         runs.sort(key=lambda run: run.config["seed"])
         entry = make_entry(runs, max(numbers, default=0) + 1, arguments.title, arguments.by)
         significance = next(f.text for f in judge.findings[::-1] if f.check == "significance")
-        text = readme(entry, runs, description, significance)
+        text = readme(entry, runs, description, significance, arguments.records_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
         judge = write_record(entry, runs, text, path, listed, options)
     if not referee.report(judge)["ok"]:
         print(f"verdict: {referee.verdict(judge)}; nothing was written")
         return 1
-    folder = path.parent / entry["folder"]
-    print(f"{folder} made: val_loss {entry['val_loss']:.5f}, number {entry['number']} of {path}")
-    if not arguments.other_data:
+    print(f"\n{folder} made: val_loss {entry['val_loss']:.5f}, number {entry['number']} of {path}")
+    if arguments.other_data:
+        print("It is no record of the benchmark, as the data are others. Its README.md says how to run and check it.")
+    else:
         print(f"next: python records/leaderboard.py; commit {folder}, {path} and the tables, and open a pull request")
     return 0
 

@@ -208,9 +208,7 @@ class Config(GPTConfig):
     replay_from: float = 0.0  # part of a cycle before layer replay begins (1: never)
     meta_gradient: bool = False  # take the second half of a gradient at a point moved down the first half's
     meta_step: float = 0.5  # length of that move, times the learning rate's schedule
-    shuffle: Literal["documents", "micro_steps", "none"] = (
-        "documents"  # what each epoch reorders; none: one order for all
-    )
+    shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what each epoch puts in another order
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA where there is a GPU
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the GPU has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
