@@ -10,6 +10,7 @@ records/<track>/NN-slug/, and records/skeptical/*.json. Written is what stands b
 
 import argparse
 import importlib
+import json
 import math
 import re
 import sys
@@ -26,17 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import require
 from records import draw
 from records.referee import FIRST_SEED
-from train import data_efficiency, read_json, write_atomically
+from train import OFFICIAL_SHA256, data_efficiency, read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train", "unlimited": "unlimited.train"}
 COMMAND = "python records/leaderboard.py"
 LABEL = 30  # characters of a record's name in the charts
 BLOCK = re.compile(r"(<!-- leaderboard: (\w+) -->\n)(.*?)(<!-- /leaderboard -->)", re.DOTALL)
-SAID = (
-    "Published figures are those of the original project, not reproduced here unless the row says *verified here*. "
-    "Each row keeps what the rows above it have unless it says otherwise. "
-)
 
 # ======================================================================================================================
 # What the files must hold
@@ -93,7 +90,7 @@ CHECKS = {  # a field -> what it must satisfy, in code and in words
     "seeds": (is_seeds, f"{FIRST_SEED}, {FIRST_SEED + 1}, ... without gaps"),
     "losses": (partial(is_list_of, is_number), "a list of finite numbers"),
     "holdout_losses": (is_holdout, "a list of finite numbers, or of nulls for data without a holdout"),
-    "data_sha256": (lambda value: is_text(value) and re.fullmatch("[0-9a-f]{64}", value), "a SHA-256"),
+    "data_sha256": (lambda value: value == OFFICIAL_SHA256["val"], "that of the official validation set"),
     "label": (lambda value: is_text(value) and len(value) <= LABEL, f"a line of at most {LABEL} characters"),
     "record": (lambda value: value is None or (type(value) is int and value > 0), "a record's number, or null"),
     "track": (lambda value: value in list(TRACKS), "one of " + ", ".join(TRACKS)),
@@ -144,6 +141,8 @@ def verified_problems(folder: Path, entry: dict) -> Iterator[str]:
     if not folder.is_dir():
         yield f"its folder {entry['folder']}/ is missing: python records/submit.py makes it"
         return
+    if folder.parent.name != "unlimited" and not re.fullmatch("8 x .*H100.*", entry["hardware"]):
+        yield f'"hardware" is {entry["hardware"]!r}, but records of this track are made on 8 H100'
     if not entry["folder"].startswith(f"{entry['number']:02d}-"):
         yield f"its folder {entry['folder']}/ is not named {entry['number']:02d}-..."
     results = []
@@ -209,7 +208,25 @@ def read_histories(root: Path) -> dict[str, list[dict]]:
     return histories
 
 
-def read_results(root: Path) -> list[dict]:
+def result_problems(root: Path, path: Path, result: dict, histories: dict[str, list[dict]]) -> Iterator[str]:
+    """What is wrong with a rerun or a negative result whose fields are right by themselves."""
+    track, number, link = result["track"], result["record"], result["link"]
+    if link and not link.startswith("https://") and not (root / link.split("#")[0]).exists():
+        yield f'"link" is {link!r}: there is no such path in the repository'
+    if number is not None and number > len(histories[track]):
+        yield f'"record" is {number}, but the {track} track has {len(histories[track])}'
+    if path.name == "TEMPLATE.json":
+        return
+    if number is None and result["kind"] == "rerun":
+        yield '"record" is null: a rerun is of a record, name its number'
+    if not path.name.startswith(result["date"] + "-"):
+        yield f"its name does not begin with its date, {result['date']}-"
+    template = json.loads((path.parent / "TEMPLATE.json").read_text())
+    left = [name for name in ("title", "conclusion", "baseline", "found") if result[name] == template[name]]
+    yield from (f'"{name}" is still that of TEMPLATE.json: fill it in' for name in left)
+
+
+def read_results(root: Path, histories: dict[str, list[dict]]) -> list[dict]:
     """The reruns and negative results, by date; ValueError with a line for each problem."""
     folder = root / "records" / "skeptical"
     template = folder / "TEMPLATE.json"
@@ -217,10 +234,7 @@ def read_results(root: Path) -> list[dict]:
     results, problems = [], []
     for path in sorted(folder.glob("*.json")):
         result = read_json(path, set(), "correct it by TEMPLATE.json beside it")
-        found = list(field_problems(result, RESULTS))
-        link = result.get("link")
-        if not found and link and not link.startswith("https://") and not (root / link.split("#")[0]).exists():
-            found.append(f'"link" is {link!r}: there is no such path in the repository')
+        found = list(field_problems(result, RESULTS)) or list(result_problems(root, path, result, histories))
         problems += [f"records/skeptical/{path.name}: {problem}" for problem in found]
         if path != template:
             results.append(result)
@@ -287,10 +301,9 @@ def track_block(root: Path, track: str, entries: list[dict]) -> str:
         ]
         rows.append(row)
     titles = ["#", "loss", "data efficiency", *(["hours", "hardware"] if of_unlimited else ["min"])]
-    said = SAID + "A settings file names what is assumed in it.\n\n"
     full = table([*titles, "date", "change", "by", "kind", "run it"], rows)
     progress, gains = (f"![{track}: {what}](charts/{name}-{track}.svg)\n" for name, what in TRACK_CHARTS.items())
-    return f"{progress}\n{said}{full}\n{gains}"
+    return f"{progress}\n{full}\n{gains}"
 
 
 def measured(result: dict, which: str) -> str:
@@ -429,7 +442,8 @@ def make_pages(root: Path, histories: dict[str, list[dict]], results: list[dict]
 def problems(root: Path) -> list[str]:
     """A line for each thing that is malformed or out of date, and what mends it. Writes nothing."""
     try:
-        histories, results = read_histories(root), read_results(root)
+        histories = read_histories(root)
+        results = read_results(root, histories)
         pages = make_pages(root, histories, results)
     except ValueError as error:
         return str(error).splitlines()
@@ -444,7 +458,8 @@ def problems(root: Path) -> list[str]:
 
 def update(root: Path) -> list[str]:
     """Write what is out of date -> what was written; ValueError with a line for each thing that is malformed."""
-    histories, results = read_histories(root), read_results(root)
+    histories = read_histories(root)
+    results = read_results(root, histories)
     written, folder, charts = [], root / "records" / "charts", make_charts(histories)
     for path, (old, new) in make_pages(root, histories, results).items():
         if old != new:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from records import draw, leaderboard
-from train import write_json
+from train import OFFICIAL_SHA256, write_json
 
 HISTORIES = leaderboard.read_histories(ROOT)
 COUNTS = {"limited": 21, "tiny": 15, "two_hour": 6, "unlimited": 12}
@@ -87,7 +87,7 @@ def test_the_techniques_agree_with_the_history():
 
 
 def test_a_negative_result_is_what_was_measured():
-    (fp8,) = [result for result in leaderboard.read_results(ROOT) if "fp8" in result["title"]]
+    (fp8,) = [result for result in leaderboard.read_results(ROOT, HISTORIES) if "fp8" in result["title"]]
     text, numbers = (ROOT / "tiny/README.md").read_text(), re.findall(r"2\.\d{3}", fp8["conclusion"])
     assert f"readout {fp8['found']['losses'][0]} against {fp8['baseline']['losses'][0]:.4f}, one seed" in text
     assert len(numbers) == 4 and all(number in text for number in numbers)
@@ -139,6 +139,9 @@ EDITED = {  # what is done to a file's text -> what the check says
     (TINY, "EMA of weights", "average of weights"): "progress-tiny.svg was drawn from other data, or by other code",
     (FP8, "1.6327", "Infinity"): '"found" is',
     (FP8, "tiny/README.md#", "tiny/NOTES.md#"): "'tiny/NOTES.md#measured-here': there is no such path",
+    (FP8, '"record": 13', '"record": 99'): '"record" is 99, but the tiny track has 15',
+    (FP8, "2026-11-22", "2026-11-21"): "its name does not begin with its date, 2026-11-21-",
+    (FP8, "lm_head in fp8 at toy size", "What was tried, or which record was run again, in a line"): "is still that of",
     ("records/skeptical/TEMPLATE.json", '"scale"', '"size"'): 'TEMPLATE.json: the field "scale" is missing',
 }
 
@@ -163,6 +166,9 @@ FILES = {  # what is done to the files -> what the check says
     "no entry has the folder 16-later/": lambda root: (root / "records/tiny/16-later").mkdir(),
     "records/limited/records.json not found": lambda root: (root / LIMITED).unlink(),
     "records/README.md not found: git checkout": lambda root: (root / PAGE).unlink(),
+    "a rerun is of a record, name its number": lambda root: change_json(
+        root / FP8, lambda content: content.update(kind="rerun", record=None)
+    ),
     "TEMPLATE.json not found": lambda root: (root / "records/skeptical/TEMPLATE.json").unlink(),
 }
 
@@ -186,7 +192,7 @@ def verified(root) -> Path:
         "number": 22, "kind": "verified", "val_loss": sum(losses) / 3, "date": "2026-12-01", "minutes": 58.25,
         "time_is_approximate": False, "hardware": "8 x NVIDIA H100 80GB HBM3", "change": "An idea | with <b>tags",
         "contributors": ["somebody"], "folder": folder.name, "seeds": [42, 43, 44], "losses": losses,
-        "holdout_losses": [3.2, 3.21, 3.22], "data_sha256": "0" * 64,
+        "holdout_losses": [3.2, 3.21, 3.22], "data_sha256": OFFICIAL_SHA256["val"],
     }  # fmt: skip
     for seed, loss, holdout in zip(entry["seeds"], losses, entry["holdout_losses"], strict=True):
         (folder / f"seed-{seed}").mkdir(parents=True)
@@ -227,7 +233,8 @@ def edit_entry(**values):
         (edit_entry(val_loss=3.17), "but its runs average to 3.1702"),
         (edit_entry(seeds=[42, 44]), 'entry 22: "seeds" is [42, 44], not 42, 43, ... without gaps'),
         (edit_entry(seeds=[42, 43, 44, 45]), "record 22: 22-an-idea/seed-45/result.json is missing"),
-        (edit_entry(data_sha256="abc"), "entry 22: \"data_sha256\" is 'abc', not a SHA-256"),
+        (edit_entry(data_sha256="0" * 64), "not that of the official validation set"),
+        (edit_entry(hardware="1 x CPU (x86_64)"), "but records of this track are made on 8 H100"),
         (lambda folder: folder.rename(folder.parent / "23-an-idea"), "record 22: its folder 22-an-idea/ is missing"),
         (lambda folder: (folder / "seed-42/result.json").write_text("{}"), "result.json is damaged (it lacks"),
         (edit_entry(holdout_losses=[None, None, None]), "but the holdout_loss of its runs are [3.2, 3.21, 3.22]"),

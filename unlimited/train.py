@@ -27,6 +27,7 @@ import platform
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import statistics
@@ -3492,6 +3493,7 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, di
             kernels += f" (slower: --{name} {fast} says why not {fast})"
     lines = {
         "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
+        "command": shlex.join(saved["command"]),
         "settings": settings,
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
         "device": f"{device}, {kernels}, {compiled}, about {needed_gib:.2g} GiB per process",
