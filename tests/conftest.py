@@ -20,6 +20,9 @@ TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train"
 UNLIMITED = {"unlimited": "unlimited.train"}  # whose runs are of another kind: tests/test_unlimited.py
 ALL_TRACKS = pytest.mark.parametrize("track", TRACKS | UNLIMITED, indirect=True)
 
+# For tests of what the two-hour track has as copies of the limited track's
+NOT_MERE_COPIES = pytest.mark.parametrize("track", ["limited", "tiny"], indirect=True)
+
 V = 97  # vocabulary of the small data; the BOS is 96
 COMMON = {
     "vocab_size": V, "sequence_len": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "num_epochs": 2, "swa_epochs": 1,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MICRO_STEPS, NOISE, TRACKS, flags, launch, read_metrics, run_to_end, script_of
+from conftest import MICRO_STEPS, NOISE, flags, launch, read_metrics, run_to_end, script_of
 
 
 def losses(folder: Path) -> tuple[list[float], list[float], dict]:
@@ -17,7 +17,7 @@ def losses(folder: Path) -> tuple[list[float], list[float], dict]:
 LIMITED = pytest.mark.parametrize("track", ["limited"], indirect=True)  # enough of what all tracks have as copies
 
 
-@pytest.mark.parametrize("track, processes", [(t, 4 if t == "limited" else 2) for t in TRACKS], indirect=["track"])
+@pytest.mark.parametrize("track, processes", [("limited", 4), ("tiny", 2)], indirect=["track"])
 def test_processes_agree(track, small, processes):
     """Whole runs in float64, with every technique on: the same losses to 1e-9, though rounding differs."""
     values = {"dtype": "float64", "eval_batch": 3} | NOISE[track.TRACK] | MICRO_STEPS[track.TRACK]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ALL_TRACKS, MICRO_STEPS, NOISE, ROOT, STAGES, TRACKS, flags, read_metrics
+from conftest import ALL_TRACKS, MICRO_STEPS, NOISE, NOT_MERE_COPIES, ROOT, STAGES, TRACKS, flags, read_metrics
 
 
 class FakeTime:
@@ -93,6 +93,7 @@ def test_the_model_learns(track, small, folder):
     assert "initial" not in json.loads((folder / "result.json").read_text())["readouts"]
 
 
+@NOT_MERE_COPIES
 def test_a_smaller_device_batch_is_the_same_mathematics(track, small):
     losses = {}
     for device_batch in (0, 1):
@@ -183,6 +184,7 @@ def test_clock_counts_steps_alone(track, small, monkeypatch):
     assert trainer.clock.train_time_s == 11.0
 
 
+@NOT_MERE_COPIES
 def test_projection_warns_of_the_cap(track, small, capsys):
     trainer, _ = track.set_up(flags(**small | {"num_epochs": 4, "time_cap_min": 15 / 60}))
     trainer.clock = track.Clock(FakeTime())
@@ -238,6 +240,7 @@ def test_members_wait_in_memory_for_space(track, small, folder, monkeypatch):
     assert set(result["final_sha256"]) == {"epoch_01.safetensors", "epoch_02.safetensors", "members.json"}
 
 
+@NOT_MERE_COPIES
 @pytest.mark.parametrize("name", ["save_file", "write_json"])
 def test_a_result_that_cannot_be_saved_can_be_resumed(track, small, folder, capsys, name):
     """The disk has no space for the members, or for result.json: the loss is printed, and nothing looks finished."""
@@ -339,6 +342,7 @@ def test_a_disk_that_is_too_small_is_refused(track, small, folder, monkeypatch, 
         assert track.main(["--resume", str(folder)]) == code
 
 
+@NOT_MERE_COPIES
 def test_a_loss_that_is_not_finite_stops_the_run(track, small, folder, monkeypatch, capsys):
     step_of = track.Trainer.train_step
 
@@ -401,6 +405,7 @@ def test_eligibility(track):
     assert "is lifted" in track.ineligible(track.Config(time_cap_min=config.time_cap_min + 1), good)[0]
 
 
+@pytest.mark.parametrize("track", ["limited"], indirect=True)
 def test_wandb(track, small, folder, monkeypatch, capsys):
     """Offline when asked for; off without a key; a failure is fatal only if it was asked for."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

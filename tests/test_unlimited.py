@@ -366,13 +366,12 @@ def results_of(folder: Path) -> tuple:
 
 
 def test_the_spread_of_chains_does_not_matter(base, folder):
-    """4 chains on 1, 2 and 4 processes: the same snapshots, byte for byte, and the same mixture."""
-    values = base | TINY | {"chains": 4, "dropout": 0.1}
+    """3 chains on 1 and 2 processes, of which one trains two: the same snapshots, byte for byte, the same mixture."""
+    values = base | TINY | {"chains": 3, "dropout": 0.1}
     assert unlimited.main(flags(**values)) == 0
-    for processes in (2, 4):
-        output = run_to_end(SCRIPT, flags(**values | {"run_name": f"of_{processes}"}), processes)
-        assert f"groups x processes: {processes} x 1" in output
-        assert results_of(folder.parent / f"of_{processes}") == results_of(folder)
+    output = run_to_end(SCRIPT, flags(**values | {"run_name": "of_2"}), 2)
+    assert "groups x processes: 2 x 1" in output
+    assert results_of(folder.parent / "of_2") == results_of(folder)
 
 
 def test_a_group_of_processes_trains_a_chain(base, folder):
