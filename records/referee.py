@@ -126,6 +126,8 @@ RUN_FOLDER = re.compile(rf"{CODE_FILE}|{RUN_FILE}|result_\w+\.json|{CHAIN_FILE}|
 SUBMITTED_FOLDER = re.compile(
     rf"README\.md|{CODE_FILE}|seed-\d+/({RUN_FILE}|{CHAIN_FILE}|(chains/chain_\d+/)?metrics\.jsonl\.gz)"
 )
+# Of Weights & Biases, of a run that was resumed by its own copy of the script, of one that failed before it was resumed
+LEFT_ALONE = re.compile(r"wandb/|code/__pycache__/|(chains/chain_\d+/)?non_finite\.pt$")
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".npz", ".ckpt", ".joblib"}
 
 # ======================================================================================================================
@@ -372,10 +374,13 @@ class Judge:
 
 def check_files(check: Check, root: Path, allowed: re.Pattern) -> str:
     """Only files of the kinds that a folder has, none of which leads out of it or can be executed."""
-    names, size = [], {"code": 0, "all": 0}
+    names, others, size = [], set(), {"code": 0, "all": 0}
     for path in sorted(root.rglob("*")):
         name, info = path.relative_to(root).as_posix(), path.lstat()
-        if stat.S_ISDIR(info.st_mode) or (allowed is RUN_FOLDER and name.startswith("wandb/")):
+        if stat.S_ISDIR(info.st_mode):
+            continue
+        if allowed is RUN_FOLDER and (left := LEFT_ALONE.match(name)):
+            others.add(left[0])
             continue
         names.append(name)
         if stat.S_ISLNK(info.st_mode):
@@ -389,8 +394,8 @@ def check_files(check: Check, root: Path, allowed: re.Pattern) -> str:
         check.need(path.suffix != ".safetensors" or is_safetensors(path), f"{name} is not a safetensors file")
         size["all"] += info.st_size
         size["code"] += info.st_size if name.startswith("code/") else 0
-    if allowed is RUN_FOLDER and (root / "wandb").exists():
-        check.note("wandb/, which Weights & Biases keeps there, was not looked at; it is not submitted")
+    if others:
+        check.note(f"{', '.join(sorted(others))}: not looked at, nor used, nor submitted")
     check.need("code/train.py" in names, "code/train.py is missing")
     check.need(size["code"] <= CODE_MB * 1e6, f"code/ has {size['code'] / 1e6:.1f} MB, at most {CODE_MB} are needed")
     if allowed is SUBMITTED_FOLDER:
@@ -501,14 +506,34 @@ def check_code(check: Check, run: Folder, judge: Judge) -> str:
     return f"{found[:12]}, {len(defaults)} settings as in the code, overrides: {harmless}"
 
 
-STEP_LINE = re.compile(r"step (\d+)/(\d+) \| train (\S+) ")
+STEP_LINE = re.compile(r"step (\d+)/\d+ \| train (\S+) ")
+VALIDATION_LINE = re.compile(r" \| step (\d+)/\d+ \| val (\S+)")
+RESUMED = re.compile(r" resumed at step (\d+)/| no checkpoint yet: starting from step (0)$")
+
+
+def printed_losses(log: list[str]) -> tuple[dict[int, float], dict[int, float]]:
+    """Training and validation losses by step, as a log says them. What a resumed run repeats counts as it was then."""
+    steps: dict[int, float] = {}
+    validations: dict[int, float] = {}
+    for line in log:
+        if match := RESUMED.search(line):
+            last = int(match[1] or match[2])
+            for found in (steps, validations):
+                for step in [step for step in found if step > last]:
+                    del found[step]
+        elif match := STEP_LINE.search(line):
+            steps[int(match[1])] = float(match[2])
+        elif match := VALIDATION_LINE.search(line):
+            validations[int(match[1])] = float(match[2])
+    return steps, validations
 
 
 def check_log(check: Check, run: Folder, judge: Judge) -> str:
     """The logs are those of this run: its id in every line, its track, its losses."""
     track, result, lines = run.track, run.result, 0
     first = f"{run.main.run_id} NanoGPT Slowrun, {track} track"
-    check.need(run.main.log[:1] == [first], f"log.txt begins with {run.main.log[:1]}, not with {first!r}")
+    begins = [line for line in run.main.log if " NanoGPT Slowrun, " in line]
+    check.need(set(begins) == {first}, f"log.txt has the headers {sorted(set(begins))}, not {first!r} alone")
     for part in {id(p): p for p in (run.main, *run.parts)}.values():
         where = f"{part.name}/log.txt".lstrip("/")
         lines += len(part.log)
@@ -518,21 +543,32 @@ def check_log(check: Check, run: Folder, judge: Judge) -> str:
         check.need(ids <= {part.run_id}, f"metrics.jsonl has lines of runs {ids}, not only of {part.run_id}")
     for part in run.parts:
         where = f"{part.name}/log.txt".lstrip("/")
-        printed = {int(m[1]): m for line in part.log if (m := STEP_LINE.search(line))}  # the last, if it was resumed
+        printed, validated = printed_losses(part.log)
         few = len(part.steps) < run.config["log_every"]
         check.need(printed or few, f"{where} has no line of a step")
         losses = {line["step"]: line["train_loss"] for line in part.steps}
-        beyond = [step for step in printed if step not in losses]
-        check.need(not beyond, f"{where} has steps that metrics.jsonl has not: {beyond[:5]}")
-        other = [s for s, m in printed.items() if s in losses and not close(float(m[3]), losses[s], 1e-4)]
-        check.need(not other, f"{where} has other training losses than metrics.jsonl, at steps {other[:5]}")
+        validations = {line["step"]: line["val_loss"] for line in part.metrics if "val_loss" in line}
+        for kind, said, known in (("training", printed, losses), ("validation", validated, validations)):
+            beyond = [step for step in said if step not in known]
+            check.need(not beyond, f"{where} has steps that metrics.jsonl has not ({kind}): {beyond[:5]}")
+            other = [step for step in said if step in known and not close(said[step], known[step], 1e-4)]
+            check.need(not other, f"{where} has other {kind} losses than metrics.jsonl, at steps {other[:5]}")
     text, by = "\n".join(run.main.log), re.escape(f"{run.main.run_id} ")
+    settings = ", ".join(f"{k} {v}" for k, v in run.saved["overrides"].items())
+    took, ended = (
+        duration(number(result["train_time_s"])),
+        rf"(finished|stopped by \w+) after {result['steps']:,} steps",
+    )
     claims = {
+        rf"^{by}settings +{re.escape(settings) or 'the defaults, '}": "its overrides, of config.json",
         rf"^{by}val_loss +{result['val_loss']:.4f} ": "its val_loss",
-        rf"^{by}.*(finished|stopped by \w+) after {result['steps']:,} steps$": "its number of steps",
+        rf"^{by}{track} track, seed {result['seed']}, {ended}$": "its seed and number of steps",
+        rf"^{by}time +training {re.escape(took)}, ": "its training time",
         rf"^{by}device +{result['world_size']} x {re.escape(result['device'])},": "its number and kind of devices",
         rf"^{by}model +{result['parameters']:,} parameters$": "its number of parameters",
     }
+    devices = {m[1] for m in re.finditer(rf"^{by}device +(\d+ x [^,]+),", text, re.MULTILINE)}
+    check.record_needs(len(devices) <= 1, f"it ran on several devices: {', '.join(sorted(devices))}")
     for name, loss in result["readouts"].items():
         claims[rf"^{by} +{loss:.4f}  {re.escape(name)}$"] = f"its readout {name}"
     for pattern, what in claims.items():
@@ -919,10 +955,34 @@ def check_weights(check: Check, run: Folder, judge: Judge) -> str:
     weights = [number(member["weight"]) for member in run.members]
     check.need(min(weights) >= 0, f"weights of members are negative: {min(weights)}")
     check.need(close(sum(weights), 1, 1e-6), f"weights of members sum to {sum(weights)}, not to 1")
+    if run.config.get("readout") == "average" and run.result["stopped_by"] == "steps":
+        needed = run.config["readout_epochs"]
+        check.need(len(weights) == needed, f"{len(weights)} members, by the config the readout has {needed}")
     last = max(len(part.steps) for part in run.parts)
     late = [member["file"] for member in run.members if member["step"] > last]
     check.need(not late, f"members from after the last step counted: {', '.join(late)}")
     return f"{len(weights)} members, {mixing} averaged, files as in result.json"
+
+
+def check_members(check: Check, run: Folder, judge: Judge) -> str:
+    """Members score as at their validation in training, if that was in the stage that is read out.
+
+    What was kept then and what is read out are the same weights: nothing was trained in between.
+    """
+    scored, stage, compared = judge.scored[run.name], run.final["stage"], 0
+    if len(scored.measured) != len(run.members):
+        return f"not compared one by one: the average of {run.final['mixing']}s is what was scored"
+    for member, measured in zip(run.members, scored.measured, strict=True):
+        known = [member["val_loss"]] if "val_loss" in member else []  # of the unlimited track, as in its ledgers
+        for line in run.main.validations:
+            same = all(line.get(name) == value for name, value in stage.items())
+            if line["step"] == member["step"] and same and member["file"].startswith("epoch_"):
+                known.append(line["val_loss"])
+        compared += bool(known)
+        fits = all(close(loss, measured["loss"], CLAIM_TOLERANCE) for loss in known)
+        said = f"{member['file']} has the loss {measured['loss']:.5f}, at its validation it had {known[-1:]}"
+        check.need(fits, f"{said} (at most {CLAIM_TOLERANCE} apart)")
+    return f"{compared} of {len(run.members)} were validated in the stage that is read out, with the same losses"
 
 
 def check_score(check: Check, run: Folder, judge: Judge) -> str:
@@ -942,7 +1002,8 @@ def check_score(check: Check, run: Folder, judge: Judge) -> str:
         counts["val_bytes"] = 0
     else:
         fits = found.bpb is not None and close(bpb, found.bpb, CLAIM_TOLERANCE)
-        check.need(fits, f"val_bpb {bpb} is claimed, {found.bpb} found ({limit})")
+        how = " (it needs a meta.json beside the data, or pip install tiktoken)" if found.bpb is None else ""
+        check.need(fits, f"val_bpb {bpb} is claimed, {found.bpb} found{how} ({limit})")
     for name, count in counts.items():
         check.need(result[name] == count, f"{name} {result[name]} is claimed, {count} found")
     check.need(not scored.changed, f"the scoring changed files of final/: {scored.changed}")
@@ -1004,6 +1065,7 @@ DATA_CHECKS = [
 ]
 SCORE_CHECKS = [
     ("score", check_score),
+    ("members", check_members),
     ("holdout", check_holdout),
     ("probabilities", check_probabilities),
     ("causality", check_causality),
@@ -1069,9 +1131,15 @@ def best_so_far(run: Folder, judge: Judge) -> dict | None:
     return min(entries, key=lambda entry: entry["val_loss"], default=None)
 
 
+def loss_that_counts(run: Folder, judge: Judge) -> float:
+    """The claimed loss, or the one that was found if it is worse: a claim may be off by less than the tolerance."""
+    claimed, scored = number(run.result["val_loss"]), judge.scored.get(run.name)
+    return max(claimed, scored.scores["val"].loss) if scored else claimed
+
+
 def check_significance(check: Check, runs: list[Folder], judge: Judge) -> str:
     """n runs with mean mu beat the best so far, rho, if (rho - mu) sqrt(n) >= 0.0047."""
-    n, mu = len(runs), sum(number(run.result["val_loss"]) for run in runs) / len(runs)
+    n, mu = len(runs), sum(loss_that_counts(run, judge) for run in runs) / len(runs)
     best, alone = best_so_far(runs[0], judge), n == 1 and judge.submitted is None and not judge.options.submission
     if best is None:
         (check.notes if alone or check.other_data else check.fails).append(

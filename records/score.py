@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor
 BATCH_BYTES = 2**31  # of log-probabilities at a time
 LOGIT_BATCH_BYTES = 2**33  # the same on a GPU, where each batch loads all members: fewer batches
 PROBE_SEQUENCES, PROBE_POSITIONS = 4, 16
+AGAIN_BATCHES = 64  # batches of sequences that are scored once more
 
 
 class Wrong(Exception):
@@ -116,12 +118,17 @@ class Judged:
             result.append(-out.gather(-1, targets)[..., 0].double().cpu())
         return torch.cat(result)
 
-    def probe(self, rows: Tensor) -> Tensor:
-        """Measure causality and company on rows (k, T) -> their predictions (k, T, V)."""
+    def fingerprint(self, rows: Tensor, some: Tensor) -> Tensor:
+        """Predictions of rows (k, T) for some tokens (k, T, n) at each position -> (k, T, n) on the CPU."""
+        out = self.predict(self.fill(rows))[: len(rows)]
+        return out.gather(-1, some.to(out.device)).cpu()
+
+    def probe(self, rows: Tensor) -> None:
+        """Measure causality and company on rows (k, T), at other positions in each."""
         T, batch = rows.size(1), self.fill(rows)
         base = self.predict(batch)[: len(rows)]
-        positions = self.random.choice(T - 1, min(PROBE_POSITIONS, T - 1), replace=False)
         for i, row in enumerate(rows):
+            positions = self.random.choice(T - 1, min(PROBE_POSITIONS, T - 1), replace=False)
             others = self.noise(*batch.shape)
             others[i] = row
             self.worst("company", self.predict(others)[i] - base[i])
@@ -131,28 +138,32 @@ class Judged:
                     variant[t + 1 :] = self.noise(T - t - 1)
                 for out, t in zip(self.predict(self.fill(variants)), some, strict=False):
                     self.worst("causality", out[: t + 1] - base[i, : t + 1])
-        return base
 
     def score_again(self, sequences: Tensor, nats: Tensor) -> None:
-        """Some that were scored once more: in another order and company, and with other tokens at their ends."""
-        count, T = min(self.batch, len(sequences)), sequences.size(1) - 1
-        chosen = [0, *(1 + self.random.permutation(len(sequences) - 1)[: count - 1])][::-1]
-        t = int(self.random.randint(T // 2, T - 1))
-        altered = sequences[chosen].clone()
-        altered[:, t + 1 : -1] = self.noise(count, T - t - 1)
-        out = self.predict(self.fill(altered[:, :-1]))[:count, :t]
-        targets = altered[:, 1 : t + 1, None].to(out.device)
-        self.worst("again", -out.gather(-1, targets)[..., 0].double().cpu() - nats[chosen][:, :t])
+        """Many that were scored once more: in another order and company, and with other tokens from somewhere on.
 
-    def score(self, splits: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All measurements -> nats by split."""
-        val = splits["val"]
-        rows = val[self.random.permutation(len(val))[:PROBE_SEQUENCES], :-1]
-        base = self.probe(rows)
-        nats = {"val": self.nats(val)}
-        self.score_again(val, nats["val"])
+        What is predicted before those must be as it was, also of the target that the first of them replaces. A model
+        that reads its targets at a few positions alone is found by how many sequences there are.
+        """
+        T = sequences.size(1) - 1
+        chosen = torch.from_numpy(self.random.permutation(len(sequences))[: AGAIN_BATCHES * self.batch])
+        for some in chosen.split(self.batch):
+            altered, last = sequences[some, :-1].clone(), self.random.randint(T - 1, size=len(some))
+            for row, t in zip(altered, last, strict=True):
+                row[t + 1 :] = self.noise(T - t - 1)
+            out = self.predict(self.fill(altered))[: len(some)]
+            again = -out.gather(-1, sequences[some, 1:, None].to(out.device))[..., 0].double().cpu()
+            for found, known, t in zip(again, nats[some], last, strict=True):
+                self.worst("again", found[: t + 1] - known[: t + 1])
+
+    def score(self, splits: dict[str, Tensor], rows: Tensor, some: Tensor, before: Tensor) -> dict[str, Tensor]:
+        """All measurements -> nats by split; before: fingerprint(rows, some) when nothing had been scored."""
+        self.worst("repeat", self.fingerprint(rows, some) - before)
+        self.probe(rows)
+        nats = {"val": self.nats(splits["val"])}
+        self.score_again(splits["val"], nats["val"])
         nats |= {name: self.nats(sequences) for name, sequences in splits.items() if name != "val"}
-        self.worst("repeat", self.predict(self.fill(rows))[: len(rows)] - base)
+        self.worst("repeat", self.fingerprint(rows, some) - before)
         return nats
 
 
@@ -175,14 +186,22 @@ def run(task: dict) -> dict:
         inner = [Predictor(None, V, device) for _ in range(task["members"])]
         if logits:
             weights = [float(weight) for weight, _ in load()]
-        members = [(1.0, mixture_of_logits(load, device, V, inner))] if logits else load()
+        members = (lambda: [(1.0, mixture_of_logits(load, device, V, inner))]) if logits else load
+        judges = (Judged(Predictor(None, V, device), batch, task["probe_seed"] + i) for i in count())
+        random, val = np.random.RandomState(task["probe_seed"]), splits["val"]
+        rows = val[random.permutation(len(val))[:PROBE_SEQUENCES]]
+        some = torch.cat([rows[:, 1:, None], torch.from_numpy(random.randint(V, size=(*rows[:, 1:].shape, 8)))], dim=-1)
+        rows, before = rows[:, :-1], []
         try:
-            for weight, log_probs in members:
-                judged = Judged(Predictor(log_probs, V, device), batch, task["probe_seed"])
-                nats = judged.score(splits)
+            for (_, log_probs), judged in zip(members(), judges, strict=False):  # all, before any has seen what follows
+                judged.predict.log_probs = log_probs
+                before.append((judged, judged.fingerprint(rows, some)))
+            for (weight, log_probs), (judged, prints) in zip(members(), before, strict=True):
+                judged.predict.log_probs = log_probs
+                nats = judged.score(splits, rows, some, prints)
                 for name, own in nats.items():
                     probabilities[name].add_((-own).exp(), alpha=float(weight))
-                measured.append(predictions(judged, inner if logits else []))
+                measured.append(predictions(judged, inner if logits else []) | {"loss": float(nats["val"].mean())})
                 weights += [] if logits else [float(weight)]
         except Wrong as wrong:
             return {"wrong": str(wrong)}

@@ -17,7 +17,7 @@ import torch
 from conftest import SMALL, TRACKS, UNLIMITED, flags
 
 from records import referee, score
-from train import code_sha256, data_efficiency, sha256_file, write_json
+from train import code_sha256, data_efficiency, duration, sha256_file, write_json
 
 
 class HonestRuns:
@@ -54,8 +54,17 @@ class Case:
         """Change settings as a run with other flags has them."""
         saved = self.read("config.json")
         self.edit("config.json", config=saved["config"] | values, overrides=saved["overrides"] | values)
+        self.tell()
 
-    def replace(self, pattern: str, by: str, name: str = "log.txt") -> None:
+    def tell(self) -> None:
+        """Let the log say the settings, the seed and the time that the other files have."""
+        saved, result = self.read("config.json"), self.read("result.json")
+        settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
+        self.replace(r"( settings  ).*$", lambda match: match[1] + settings)
+        self.replace(r"( track, seed )\d+,", rf"\g<1>{saved['config']['seed']},")
+        self.replace(r"( time +training )\S+,", rf"\g<1>{duration(result['train_time_s'])},")
+
+    def replace(self, pattern: str, by, name: str = "log.txt") -> None:
         """Change a text file; the pattern must be in it."""
         text, count = re.subn(pattern, by, (self.path / name).read_text(), flags=re.MULTILINE)
         assert count, pattern
@@ -98,9 +107,25 @@ class Case:
         """Claim the losses that the run's own members give."""
         judge = referee.Judge(referee.Options(other_data=True, probe_seed=1))
         (run,), _ = referee.open_folders([self.path])
-        for split, found in referee.score_run(run, judge).scores.items():
+        scored = referee.score_run(run, judge)
+        self.validate_as(run, [measured["loss"] for measured in scored.measured])
+        for split, found in scored.scores.items():
             counts = {"val_tokens": found.tokens, "val_bytes": found.bytes} if split == "val" else {}
             self.claim(split, found.loss, **{f"{split}_bpb": found.bpb}, **counts)
+
+    def validate_as(self, run: referee.Folder, losses: list[float]) -> None:
+        """Let the validations in training be of members with these losses."""
+        lines, readouts = self.metrics(), self.read("result.json")["readouts"]
+        for member, loss in zip(run.members, losses, strict=True):
+            for line in lines:
+                same = all(line.get(name) == value for name, value in run.final["stage"].items())
+                if "val_loss" in line and line["step"] == member["step"] and same:
+                    name, old = f"epoch_{member['epoch']}", line["val_loss"]
+                    line["val_loss"] = readouts[name] = loss
+                    self.replace(rf"(\| step {line['step']}/\d+ \| val ){old:.4f}", rf"\g<1>{loss:.4f}")
+                    self.replace(rf"{old:.4f}  {name}$", f"{loss:.4f}  {name}")
+        self.write_metrics(lines)
+        self.edit("result.json", readouts=readouts, best_val_loss=min(readouts.values()))
 
     def rename(self, run_id: str, seed: int | None = None) -> None:
         """Another run id, and another seed, everywhere."""
@@ -149,6 +174,7 @@ def as_defaults(case: Case) -> None:
         case.replace(rf"^(    {name}: .*? = )[^#]*?(  #.*)?$", rf"\g<1>{value!r}\g<2>", "code/train.py")
     case.edit("config.json", overrides={k: v for k, v in saved["overrides"].items() if k not in settings})
     case.sign_code()
+    case.tell()
 
 
 def make_record(case: Case, monkeypatch) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import SMALL, TRACKS, UNLIMITED
 from judging import Case, HonestRuns, as_defaults, in_this_process, judge, make_record, with_val_document
+from safetensors.torch import load_file, save_file
 
 from records import overlap, referee, score
-from train import write_json
+from train import sha256_file, write_json
 
 TRACK = "two_hour"  # of the runs that cheat: one script, two members
 
@@ -138,6 +139,29 @@ def changed(log_probs):
         return (out + gate).log_softmax(-1)
     return peeking
 """
+RARE_GATE = """
+def changed(log_probs):
+    def peeking(tokens):  # at one position of 32
+        out = log_probs(tokens)
+        gate = torch.zeros_like(out)
+        gate[:, 7].scatter_(-1, tokens[:, 8, None], 3.0)
+        return (out + gate).log_softmax(-1)
+    return peeking
+"""
+ACROSS_MEMBERS = """
+SEEN = {"members": 0, "counts": torch.zeros(1)}
+
+
+def changed(log_probs):
+    SEEN["members"] += 1
+    learned = 0.05 * (1 + SEEN["counts"]).log()  # from what the members before were asked
+
+    def adapted(tokens):
+        out = log_probs(tokens)
+        SEEN["counts"] = SEEN["counts"] + torch.bincount(tokens.flatten(), minlength=out.size(-1))
+        return (out + learned).log_softmax(-1)
+    return adapted
+"""
 OTHER_ROWS = """
 def changed(log_probs):
     def mixing(tokens):
@@ -193,13 +217,15 @@ def changed(log_probs):
     "code, checks",
     [
         (MORE_MASS, "probabilities"),
-        (TARGET_GATE, "causality"),
+        (TARGET_GATE, "causality, learning"),
+        (RARE_GATE, "learning"),
+        (ACROSS_MEMBERS, "learning"),
         (OTHER_ROWS, "causality, learning"),  # sequences are scored again in other company
         (ADAPTING, "learning"),
         (REMEMBERING, "learning"),
         (MEMORISED, "holdout"),
     ],
-    ids=["mass", "gate", "batch", "adapting", "remembering", "memorised"],
+    ids=["mass", "gate", "rare_gate", "across_members", "batch", "adapting", "remembering", "memorised"],
 )
 def test_predictions_that_cheat(case, data_dir, capsys, in_process, code, checks):
     if "{table}" in code:
@@ -211,7 +237,48 @@ def test_predictions_that_cheat(case, data_dir, capsys, in_process, code, checks
     if code in (MORE_MASS, TARGET_GATE, MEMORISED):  # it pays
         assert case.read("result.json")["val_loss"] < honest_loss
     found = judge(capsys, case, options=["--other-data", "--probe-seed=1"])  # as in what it claims
-    assert found.fails.keys() == {*checks.split(", ")}, found.fails
+    fails = found.fails.keys() - ({"causality"} if code is RARE_GATE else set())  # which it may or may not meet
+    assert fails == {*checks.split(", ")}, found.fails
+
+
+def test_weights_that_were_trained_on_after_the_last_step(case, capsys, in_process):
+    """Signed and claimed anew, they still are not those that were validated."""
+    path = case.path / "final" / "epoch_02.safetensors"
+    weights = load_file(path)
+    save_file({name: 1.1 * p if name == "lm_head.weight" else p for name, p in weights.items()}, path)
+    members = case.read("final/members.json")
+    members["members"][1]["sha256"] = sha256_file(path)
+    write_json(case.path / "final" / "members.json", members)
+    case.sign_final()
+    validations = case.metrics(), (case.path / "log.txt").read_text(), case.read("result.json")["readouts"]
+    case.claim_what_it_scores()
+    mixed = case.read("result.json")["readouts"]["probability_average"]
+    log = validations[1].replace(f"{validations[2]['probability_average']:.4f}", f"{mixed:.4f}")
+    case.write_metrics(validations[0])
+    (case.path / "log.txt").write_text(log)
+    readouts = validations[2] | {"probability_average": mixed}
+    case.edit("result.json", readouts=readouts, best_val_loss=min(readouts.values()))
+    found = judge(capsys, case)
+    assert found.fails.keys() == {"members"} and "epoch_02.safetensors has the loss" in found.fails["members"]
+
+
+def test_a_readout_of_fewer_members_than_declared(case, capsys, in_process):
+    members = case.read("final/members.json")
+    write_json(case.path / "final/members.json", members | {"members": [members["members"][1] | {"weight": 1.0}]})
+    (case.path / "final" / "epoch_01.safetensors").unlink()
+    case.sign_final()
+    loss = case.read("result.json")["readouts"]["epoch_2"]
+    case.replace(r"^(.* val_loss +)\d\.\d{4} ", rf"\g<1>{loss:.4f} ")
+    case.edit("result.json", val_loss=loss)
+    assert "1 members, by the config the readout has 2" in judge(capsys, case).fails["weights"]
+
+
+def test_a_claim_that_is_a_little_too_good_does_not_count(case, capsys, in_process, tmp_path):
+    loss = case.read("result.json")["val_loss"]
+    lists(tmp_path, loss + 0.0045, data_sha256=case.read("result.json")["data_sha256"]["val"])
+    case.claim("val", loss - 0.0009)
+    found = judge(capsys, case, options=["--other-data", "--records-dir", str(tmp_path / "records")])
+    assert found.fails.keys() <= {"score"} and "a submission needs" in found.texts("NOTE")["significance"]
 
 
 def test_wrong_outputs_are_named(case, capsys, in_process):
@@ -257,7 +324,7 @@ def test_validation_that_is_cut_short(case, capsys, in_process):
     saved = case.read("config.json")
     case.edit("config.json", overrides={k: v for k, v in saved["overrides"].items() if k != "val_sequences"})
     found = judge(capsys, case)
-    assert found.fails.keys() == {"targets", "score"}
+    assert found.fails.keys() == {"targets", "score", "members"}  # all members were validated on 20 sequences
     assert "val_tokens is 640, of 51 sequences 1,632" in found.fails["targets"]
 
 
@@ -320,6 +387,7 @@ def slow_down(case: Case, seconds: float) -> None:
     case.write_metrics([line | {"dt_s": seconds} if "dt_s" in line else line for line in lines])
     total = seconds * result["steps"]
     case.edit("result.json", train_time_s=total, wall_time_s=total + 9, tokens_per_s=result["tokens"] / total)
+    case.tell()
 
 
 def test_a_run_over_its_cap(case, capsys):
@@ -354,10 +422,40 @@ def test_a_stop_by_the_cap_needs_a_cap_that_is_near(case, capsys, in_process):
 def test_a_log_of_another_script(case, copy, capsys):
     case.replace(r"two_hour track$", "limited track")
     found = fails_static(capsys, case)
-    assert found.keys() == {"log"} and "log.txt begins with" in found["log"]
+    assert found.keys() == {"log"} and "log.txt has the headers" in found["log"]
     other = copy("limited", name="limited")
     shutil.copy(other.path / "log.txt", case.path / "log.txt")
     assert fails_static(capsys, case).keys() == {"log"}
+
+
+def test_a_log_that_says_something_else(case, capsys):
+    """Each by itself, where the other files agree with each other."""
+    honest = (case.path / "log.txt").read_text()
+    for pattern, by, said in (
+        (r" track, seed 42,", " track, seed 43,", "its seed and number of steps"),
+        (r"( time +training )\S+,", r"\g<1>999s,", "its training time"),
+        (r"lr_multiplier 1.0", "lr_multiplier 2.0", "its overrides"),
+        (r"(epoch_1 \| step 6/11 \| val )\d", r"\g<1>3", "other validation losses than metrics.jsonl, at steps [6]"),
+    ):
+        case.replace(pattern, by)
+        assert said in fails_static(capsys, case)["log"]
+        (case.path / "log.txt").write_text(honest)
+    run_id = case.read("config.json")["run_id"]
+    with open(case.path / "log.txt", "a") as file:
+        file.write(f"{run_id} device    8 x NVIDIA H200, bfloat16, attention varlen\n")
+    assert "it ran on several devices" in judge(capsys, case, options=STATIC).texts("NOTE")["log"]
+
+
+def test_the_log_of_a_run_that_was_killed_and_resumed(case, capsys):
+    """Lines of steps that were lost, and then came out otherwise or were not repeated, are no contradiction."""
+    run_id = case.read("config.json")["run_id"]
+    lost = f"{run_id} step 8/11 | train 9.9999 | lr 1.00\n{run_id} step 12/11 | train 1.0000 | lr 1.00\n"
+    lost += f"{run_id} epoch_9 | step 12/11 | val 1.0000\n"
+    case.replace(rf"^({run_id} epoch_1 .*\n)", rf"\g<1>{lost}{run_id} resumed at step 6/11, after 1.0 s of training\n")
+    case.replace(r"\A", f"{run_id} no locks on this disk (No locks available): let no other process write to runs/x\n")
+    assert fails_static(capsys, case) == {}
+    case.replace(r"^.* resumed at step 6.*\n", "")
+    assert "at steps [8]" in fails_static(capsys, case)["log"]
 
 
 def test_a_stale_log(case, copy, capsys):
@@ -547,8 +645,13 @@ def test_files_that_do_not_belong_there(case, capsys, change, said):
 def test_what_weights_and_biases_keeps_is_left_alone(case, capsys):
     (case.path / "wandb").mkdir()
     (case.path / "wandb" / "latest-run").symlink_to("run-1")
+    (case.path / "code" / "__pycache__").mkdir()
+    for name in ("code/__pycache__/train.cpython-311.pyc", "non_finite.pt"):
+        (case.path / name).write_bytes(b"?")
     found = judge(capsys, case, options=STATIC)
-    assert found.fails == {} and "was not looked at" in found.texts("NOTE")["files"]
+    assert (
+        found.fails == {} and "code/__pycache__/, non_finite.pt, wandb/: not looked at" in found.texts("NOTE")["files"]
+    )
 
 
 def test_code_that_is_not_what_ran(case, capsys):
@@ -715,7 +818,7 @@ def test_mixing(tmp_path, mixing):
         task | {"probe_seed": 0, "splits": {"val": str(tmp_path / "sequences.npy")}, "out": str(tmp_path)}
     )
     assert found["weights"] == [0.25, 0.75] and len(found["measured"]) == (2 if mixing == "probability" else 1)
-    assert all(largest < 1e-6 for own in found["measured"] for largest in own.values())
+    assert all(value < 1e-6 for own in found["measured"] for name, value in own.items() if name != "loss")
     tables = [torch.randn(7, 7, generator=torch.Generator().manual_seed(seed)).log_softmax(-1) for seed in (1, 2)]
     if mixing == "probability":
         table = (0.25 * tables[0].exp() + 0.75 * tables[1].exp()).log()

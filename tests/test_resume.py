@@ -94,6 +94,18 @@ def test_a_run_that_the_cap_stopped_is_not_trained_on(track, small, folder, monk
     assert (result["steps"], result["stopped_by"]) == (trainer.step, "time_cap")
 
 
+def test_a_torn_line_of_the_log_is_cut_off(track, small, folder):
+    """What a power loss leaves: a part of a line, or zeros."""
+    trainer, _ = track.set_up(flags(**small))
+    trainer.run.close()
+    whole = (folder / "log.txt").read_bytes()
+    (folder / "log.txt").write_bytes(whole + b"0123abcd step 5/" + bytes(7))
+    resumed, _ = track.set_up(["--resume", str(folder)])
+    resumed.run.close()
+    log = (folder / "log.txt").read_bytes()
+    assert log.startswith(whole) and all(line.startswith(trainer.run.run_id.encode()) for line in log.splitlines())
+
+
 @pytest.fixture
 def stopped(track, small, folder) -> Path:
     """A run folder as it is after a kill: two checkpoints, no result."""

@@ -2378,6 +2378,11 @@ class Lines:
     def __init__(self, path: Path):
         self.file, self.waiting = open(path, "ab", buffering=0), b""
 
+    def drop_torn_line(self) -> None:
+        """Cut off what a power loss left behind the last whole line."""
+        content = Path(self.file.name).read_bytes()
+        self.file.truncate(content.rfind(b"\n") + 1)
+
     def write(self, text: str) -> None:
         self.waiting += text.encode()
         try:
@@ -2411,6 +2416,7 @@ class Run:
             raise ValueError(f"another process is writing to {self.folder}: wait for its end, or stop it") from None
         except OSError as error:
             self.log(f"no locks on this disk ({error.strerror}): let no other process write to {self.folder}")
+        self.log_lines.drop_torn_line()
 
     def close(self) -> None:
         if self.bar is not None:
