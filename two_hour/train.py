@@ -2,6 +2,7 @@
 
     python prepare_data.py                                      # once: writes fineweb_data/
     torchrun --standalone --nproc_per_node=8 two_hour/train.py  # the current record. Published: 3.139 in 117.6 minutes
+    python two_hour/train.py --list-records                     # the records before it; --record N trains one
     python two_hour/train.py --demo                             # toy size; before it, prepare_data.py --source demo
 
 1, 2, 4 or 8 processes compute the same thing: a batch is that of 8 virtual ranks, which the processes share. Every
