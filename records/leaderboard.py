@@ -9,7 +9,6 @@ records/<track>/NN-slug/, and records/skeptical/*.json. Written is what stands b
 """
 
 import argparse
-import importlib
 import json
 import math
 import re
@@ -26,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import require
 from records import draw
-from records.referee import FIRST_SEED
-from train import OFFICIAL_SHA256, data_efficiency, read_json, write_atomically
+from records.referee import FIRST_SEED, RULES
+from train import OFFICIAL_SHA256, data_efficiency, read_json, settings_files, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train", "unlimited": "unlimited.train"}
+TRACKS = tuple(RULES)
 COMMAND = "python records/leaderboard.py"
 LABEL = 30  # characters of a record's name in the charts
 BLOCK = re.compile(r"(<!-- leaderboard: (\w+) -->\n)(.*?)(<!-- /leaderboard -->)", re.DOTALL)
@@ -188,11 +187,6 @@ def history_problems(folder: Path, entries: list) -> Iterator[str]:
 # ======================================================================================================================
 # Reading
 # ======================================================================================================================
-
-
-def settings_files(folder: Path) -> list[tuple[int, Path]]:
-    """The settings files of a track's records, for the script's --record."""
-    return [(int(path.name.split("-")[0]), path) for path in sorted(folder.glob("[0-9][0-9]-*.json"))]
 
 
 def read_histories(root: Path) -> dict[str, list[dict]]:
@@ -363,7 +357,7 @@ def tracks_block(histories: dict[str, list[dict]]) -> str:
 
 def cap(track: str) -> float:
     """Minutes; 0 for none."""
-    return importlib.import_module(TRACKS[track]).Config().time_cap_min
+    return float(RULES[track].cap_min or 0)
 
 
 def replace_blocks(path: Path, text: str, blocks: dict[str, str]) -> str:

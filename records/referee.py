@@ -246,6 +246,11 @@ class Folder:
         return self.final["members"]
 
     @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """Of the files of final/ when they were first looked at: they may be hundreds of GB."""
+        return final_hashes(self)
+
+    @cached_property
     def final(self) -> dict:
         return json.loads((self.path / "final" / "members.json").read_text())
 
@@ -534,7 +539,7 @@ def check_log(check: Check, run: Folder, judge: Judge) -> str:
     first = f"{run.main.run_id} NanoGPT Slowrun, {track} track"
     begins = [line for line in run.main.log if " NanoGPT Slowrun, " in line]
     check.need(set(begins) == {first}, f"log.txt has the headers {sorted(set(begins))}, not {first!r} alone")
-    for part in {id(p): p for p in (run.main, *run.parts)}.values():
+    for part in [run.main, *(part for part in run.parts if part is not run.main)]:
         where = f"{part.name}/log.txt".lstrip("/")
         lines += len(part.log)
         others = [line for line in part.log if not line.startswith(part.run_id + " ")]
@@ -554,13 +559,11 @@ def check_log(check: Check, run: Folder, judge: Judge) -> str:
             other = [step for step in said if step in known and not close(said[step], known[step], 1e-4)]
             check.need(not other, f"{where} has other {kind} losses than metrics.jsonl, at steps {other[:5]}")
     text, by = "\n".join(run.main.log), re.escape(f"{run.main.run_id} ")
-    settings = ", ".join(f"{k} {v}" for k, v in run.saved["overrides"].items())
-    took, ended = (
-        duration(number(result["train_time_s"])),
-        rf"(finished|stopped by \w+) after {result['steps']:,} steps",
-    )
+    settings = ", ".join(f"{k} {v}" for k, v in run.saved["overrides"].items()) or "the defaults, the current record"
+    ended = rf"(finished|stopped by \w+) after {result['steps']:,} steps"
+    took = duration(number(result["train_time_s"]))
     claims = {
-        rf"^{by}settings +{re.escape(settings) or 'the defaults, '}": "its overrides, of config.json",
+        rf"^{by}settings +{re.escape(settings)}$": "its overrides, of config.json",
         rf"^{by}val_loss +{result['val_loss']:.4f} ": "its val_loss",
         rf"^{by}{track} track, seed {result['seed']}, {ended}$": "its seed and number of steps",
         rf"^{by}time +training {re.escape(took)}, ": "its training time",
@@ -926,7 +929,7 @@ def score_run(run: Folder, judge: Judge) -> Scored:
             np.save(path, sets[name].sequences.numpy())
         task = {"run_dir": str(run.path.resolve()), "device": device, "vocab_size": run.config["vocab_size"]}
         task |= {"mixing": run.final["mixing"], "members": len(run.members), "probe_seed": options.probe_seed}
-        before = final_hashes(run)
+        before = run.weights_sha256
         found = run_worker(task | {"splits": splits, "out": out}, 60 * options.time_limit_min)
         if "wrong" in found:
             raise WorkerFailed(found["wrong"])
@@ -947,7 +950,7 @@ def final_hashes(run: Folder) -> dict[str, str]:
 
 def check_weights(check: Check, run: Folder, judge: Judge) -> str:
     """The weights are those of the result, and how they are mixed is a way to mix."""
-    changed = differing(final_hashes(run), run.result["final_sha256"])
+    changed = differing(run.weights_sha256, run.result["final_sha256"])
     check.need(not changed, f"files of final/ that are not as result.json says: {changed}")
     mixing, said = run.final["mixing"], run.result["mixing"]
     check.need(mixing == said, f"mixing is {mixing!r} in members.json, {said!r} in result.json")

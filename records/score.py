@@ -17,7 +17,6 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -187,15 +186,15 @@ def run(task: dict) -> dict:
         if logits:
             weights = [float(weight) for weight, _ in load()]
         members = (lambda: [(1.0, mixture_of_logits(load, device, V, inner))]) if logits else load
-        judges = (Judged(Predictor(None, V, device), batch, task["probe_seed"] + i) for i in count())
         random, val = np.random.RandomState(task["probe_seed"]), splits["val"]
         rows = val[random.permutation(len(val))[:PROBE_SEQUENCES]]
         some = torch.cat([rows[:, 1:, None], torch.from_numpy(random.randint(V, size=(*rows[:, 1:].shape, 8)))], dim=-1)
         rows, before = rows[:, :-1], []
         try:
-            for (_, log_probs), judged in zip(members(), judges, strict=False):  # all, before any has seen what follows
-                judged.predict.log_probs = log_probs
+            for i, (_, log_probs) in enumerate(members()):  # all of them, before any has seen what follows
+                judged = Judged(Predictor(log_probs, V, device), batch, task["probe_seed"] + i)
                 before.append((judged, judged.fingerprint(rows, some)))
+                judged.predict.log_probs = log_probs = None  # one member is in memory at a time
             for (weight, log_probs), (judged, prints) in zip(members(), before, strict=True):
                 judged.predict.log_probs = log_probs
                 nats = judged.score(splits, rows, some, prints)
@@ -203,6 +202,7 @@ def run(task: dict) -> dict:
                     probabilities[name].add_((-own).exp(), alpha=float(weight))
                 measured.append(predictions(judged, inner if logits else []) | {"loss": float(nats["val"].mean())})
                 weights += [] if logits else [float(weight)]
+                judged.predict.log_probs = log_probs = None
         except Wrong as wrong:
             return {"wrong": str(wrong)}
     for name, mixed in probabilities.items():

@@ -122,7 +122,7 @@ def shrink(folder: Path) -> None:
                 change(path)
 
 
-def make_entry(runs: list[Folder], number: int, title: str, by: str) -> dict:
+def make_entry(runs: list[Folder], number: int, folder: str, title: str, by: str) -> dict:
     """The entry of records.json."""
     results = [run.result for run in runs]
     return {
@@ -135,7 +135,7 @@ def make_entry(runs: list[Folder], number: int, title: str, by: str) -> dict:
         "hardware": f"{results[0]['world_size']} x {results[0]['device']}",
         "change": title,
         "contributors": [name.strip() for name in by.split(",") if name.strip()],
-        "folder": f"{number:02d}-{slug(title)}",
+        "folder": folder,
         "seeds": [r["seed"] for r in results],
         "losses": [r["val_loss"] for r in results],
         "holdout_losses": [r["holdout_loss"] for r in results],
@@ -190,14 +190,14 @@ def submit(arguments: argparse.Namespace) -> int:
     require(submitted is None, f"{submitted} is a submitted record already: name run folders")
     path = arguments.records_dir / runs[0].track / "records.json"
     listed = read_list(path, arguments.other_data)
-    numbers = [entry["number"] for entry in listed["records"]]
-    folder = path.parent / f"{max(numbers, default=0) + 1:02d}-{slug(arguments.title)}"
+    number = 1 + max((entry["number"] for entry in listed["records"]), default=0)
+    folder = path.parent / f"{number:02d}-{slug(arguments.title)}"
     print("The runs:", flush=True)
     judge = referee.judge_folders(arguments.folders, options)
     if referee.report(judge)["ok"]:
         print(f"\nThe folder that is to be {folder}:", flush=True)
         runs.sort(key=lambda run: run.config["seed"])
-        entry = make_entry(runs, max(numbers, default=0) + 1, arguments.title, arguments.by)
+        entry = make_entry(runs, number, folder.name, arguments.title, arguments.by)
         significance = next(f.text for f in judge.findings[::-1] if f.check == "significance")
         text = readme(entry, runs, description, significance, arguments.records_dir)
         path.parent.mkdir(parents=True, exist_ok=True)

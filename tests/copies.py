@@ -41,6 +41,7 @@ SHARED = {  # never adapted: each script must have a copy of each
         "parse_arguments",
         "read_record",
         "records_folder",
+        "settings_files",
         "set_up",
     ],
     "data order": [

@@ -323,6 +323,7 @@ def test_validation_that_is_cut_short(case, capsys, in_process):
     case.configure(val_sequences=4864)
     saved = case.read("config.json")
     case.edit("config.json", overrides={k: v for k, v in saved["overrides"].items() if k != "val_sequences"})
+    case.tell()
     found = judge(capsys, case)
     assert found.fails.keys() == {"targets", "score", "members"}  # all members were validated on 20 sequences
     assert "val_tokens is 640, of 51 sequences 1,632" in found.fails["targets"]
@@ -826,6 +827,41 @@ def test_mixing(tmp_path, mixing):
         table = (0.25 * tables[0] + 0.75 * tables[1]).log_softmax(-1)
     expected = -table[sequences[:, :-1], sequences[:, 1:]].numpy()
     np.testing.assert_allclose(np.load(tmp_path / "val.npy"), expected, atol=1e-6)
+
+
+HOLDING = """
+import weakref
+import torch
+
+
+class Weights:
+    alive = weakref.WeakSet()
+
+
+def load_members(run_dir, device):
+    for _ in range(5):
+        weights = Weights()
+        Weights.alive.add(weights)
+        assert len(Weights.alive) <= 2, "members are kept"
+        yield 0.2, lambda tokens, own=weights: torch.zeros(*tokens.shape, 7).log_softmax(-1)
+"""
+
+
+def test_members_are_in_memory_one_at_a_time(tmp_path):
+    """The one before goes when the next has come, before the scoring too."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "train.py").write_text(HOLDING)
+    np.save(tmp_path / "sequences.npy", np.zeros((5, 12), dtype=np.int64))
+    task = {"run_dir": str(tmp_path), "device": "cpu", "vocab_size": 7, "mixing": "probability", "members": 5}
+    task |= {"probe_seed": 0, "splits": {"val": str(tmp_path / "sequences.npy")}, "out": str(tmp_path)}
+    assert len(score.run(task)["measured"]) == 5
+
+
+@pytest.mark.parametrize("track", [*TRACKS, *UNLIMITED])
+def test_the_rules_are_the_scripts(track):
+    config, rules = importlib.import_module((TRACKS | UNLIMITED)[track]).Config(), referee.RULES[track]
+    assert (rules.cap_min or 0, rules.sequences) == (config.time_cap_min, config.val_sequences)
+    assert config.sequence_len == referee.SEQUENCE_LEN
 
 
 def test_documents_are_found_wherever_they_are():

@@ -336,12 +336,19 @@ def records_folder() -> Path:
     return there[0]
 
 
+# Copied from train.py: settings_files
+def settings_files(folder: Path) -> list[tuple[int, Path]]:
+    """(Number, file) of the records in records/<track> that --record can train."""
+    return [(int(path.name[:2]), path) for path in sorted(folder.glob("[0-9][0-9]-*.json"))]
+
+
 # Copied from train.py: list_records
 def list_records() -> str:
     """The track's records, a line each."""
     folder, lines = records_folder(), ["number, validation loss, time, change; --record trains those with a star"]
+    known = dict(settings_files(folder))
     for entry in read_json(folder / "records.json", {"records"}, "restore it")["records"]:
-        star = "*" if any(folder.glob(f"{entry['number']:02d}-*.json")) else " "
+        star = "*" if entry["number"] in known else " "
         minutes = f"{'~' * entry['time_is_approximate']}{entry['minutes']:g} min"
         lines.append(f"{star}{entry['number']:3}  {entry['val_loss']:.3f}  {minutes:>10}  {entry['change']}")
     return "\n".join(lines)
@@ -360,7 +367,7 @@ def toy_settings(settings: dict) -> dict:
 # Copied from train.py: read_record
 def read_record(number: int) -> dict:
     """What a published record sets otherwise than the defaults, from its file in records/; ValueError if none is."""
-    files = {int(path.name[:2]): path for path in sorted(records_folder().glob("[0-9][0-9]-*.json"))}
+    files = dict(settings_files(records_folder()))
     known = ", ".join(map(str, files)) or "none"
     require(number in files, f"--record {number}: the {TRACK} track has settings of {known}; see --list-records")
     settings = read_json(files[number], {"settings"}, "restore it")["settings"]
