@@ -15,7 +15,6 @@ Notation: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab
 from __future__ import annotations
 
 import math
-import platform
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from slowrun.machine import has_bfloat16
 
 Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
 
@@ -644,22 +645,6 @@ def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels
 # ======================================================================================================================
 # The model on a machine: operations, memory, attention
 # ======================================================================================================================
-
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, by device name
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak operations per second, to measure the utilization (MFU) by; None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(device)), None)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device is a GPU with bfloat16 in hardware, and so runs flash attention: compute capability 8.0."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:

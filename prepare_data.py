@@ -1,11 +1,11 @@
-"""Write the fixed shards that every track trains on: fineweb_{val,train,holdout}.pt and meta.json, in one folder.
+"""Write the fixed splits that every track trains on: fineweb_{val,train,holdout}.pt and meta.json, in one folder.
 
     python prepare_data.py                                   # FineWeb, 120M GPT-2 tokens -> fineweb_data/
     python prepare_data.py --verify                          # check the files that are there
     python prepare_data.py --source my_texts/ --data-dir my_data --tokenizer bytes \
         --val-tokens 100000 --train-tokens 2000000 --holdout-tokens 100000
     python prepare_data.py --source demo                     # Python's own library, in bytes, no network -> demo_data/
-    python prepare_data.py --from-hub USER/REPO              # shards that someone prepared (--push-to-hub USER/REPO)
+    python prepare_data.py --from-hub USER/REPO              # splits that someone prepared (--push-to-hub USER/REPO)
 
 A stream of documents is cut into val, train and holdout, in this order. A split takes whole documents until its budget
 of tokens is full; the rest of its last document is dropped. Every document is a BOS and its tokens. Whatever the
@@ -29,13 +29,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from train import OFFICIAL_SHA256, SEQ_SHUFFLE_SEEDS, load_shard, read_meta, sha256_file, write_json
+from slowrun.data import SEQ_SHUFFLE_SEEDS, load_split, read_meta, sha256_file
+from slowrun.folder import write_json
+from slowrun.rules import OFFICIAL_SHA256
 
 FINEWEB = ("HuggingFaceFW/fineweb", "sample-10BT")
 SPLITS = ("val", "train", "holdout")  # the order in which they are cut from the stream
@@ -226,7 +227,7 @@ def demo_documents() -> Iterator[str]:
 
 
 # ======================================================================================================================
-# From documents to shards
+# From documents to splits
 # ======================================================================================================================
 
 
@@ -270,7 +271,7 @@ def take_split(stream: Iterator[np.ndarray], budget: int, bos_id: int, bar: tqdm
     return tokens[:used], np.array(starts, dtype=np.int64)
 
 
-def save_shard(path: Path, tokens: np.ndarray, doc_starts: np.ndarray, bos_id: int, split: str) -> None:
+def save_split(path: Path, tokens: np.ndarray, doc_starts: np.ndarray, bos_id: int, split: str) -> None:
     """torch.save in the exact form that the published hashes are of; `path` has the final name, in a temporary folder.
 
     The archive holds the stem of the path, and each tensor's whole storage.
@@ -314,7 +315,7 @@ def prepare(
                     f"Lower --val-tokens, --train-tokens or --holdout-tokens"
                 )
             path = Path(staging) / f"fineweb_{split}.pt"
-            save_shard(path, tokens, doc_starts, tokenizer.bos_id, split)
+            save_split(path, tokens, doc_starts, tokenizer.bos_id, split)
             splits[split] = {"tokens": len(tokens), "documents": len(doc_starts), "sha256": sha256_file(path)}
             sizes = f"{len(tokens):,} tokens, {len(doc_starts):,} documents"
             bar.write(f"{split}: {sizes}, entropy of its single tokens {entropy(tokens):.4f} nats")
@@ -353,22 +354,22 @@ def verify(data_dir: Path) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems, published = [], {}
-    config = SimpleNamespace(data_dir=str(data_dir), vocab_size=meta["vocab_size"] if meta else 50257, sequence_len=1)
+    vocab_size = meta["vocab_size"] if meta else 50257
     for split in SPLITS:
         promised = split in (meta["splits"] if meta else OFFICIAL_SHA256)
         if not promised and not (data_dir / f"fineweb_{split}.pt").exists():
             print(f"{split}: none")
             continue
         try:
-            shard = load_shard(split, config)
+            found = load_split(str(data_dir), split, vocab_size, sequence_len=1)
         except ValueError as error:
             problems.append(str(error))
             continue
-        published[split], said = shard.sha256 == OFFICIAL_SHA256.get(split), "sound"
+        published[split], said = found.sha256 == OFFICIAL_SHA256.get(split), "sound"
         if split in OFFICIAL_SHA256 and (not meta or meta["source"] == "fineweb"):
             said = "sound, the published file" if published[split] else "sound, but not the published file"
-        sizes = f"{len(shard.tokens):,} tokens, {len(shard.doc_starts):,} documents"
-        print(f"{split}: {sizes}, {said} ({shard.sha256[:16]})")
+        sizes = f"{len(found.tokens):,} tokens, {found.num_documents:,} documents"
+        print(f"{split}: {sizes}, {said} ({found.sha256[:16]})")
     if meta and meta["source"] == "fineweb":
         full = dict(zip(SPLITS, BUDGETS["fineweb"], strict=True))
         if all(meta["splits"][split]["tokens"] == full[split] for split in OFFICIAL_SHA256):
@@ -384,7 +385,7 @@ def is_published(data_dir: Path) -> bool:
 
 
 def from_hub(repo: str, data_dir: Path) -> None:
-    """Download shards that --push-to-hub uploaded, and verify them before they take their names."""
+    """Download splits that --push-to-hub uploaded, and verify them before they take their names."""
     from huggingface_hub import snapshot_download
 
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".preparing-") as staging:
@@ -400,7 +401,7 @@ def from_hub(repo: str, data_dir: Path) -> None:
 
 
 def push_to_hub(repo: str, data_dir: Path) -> None:
-    """Upload verified shards to a private dataset repository, which is made if it is not there."""
+    """Upload verified splits to a private dataset repository, which is made if it is not there."""
     from huggingface_hub import HfApi
 
     if problems := verify(data_dir):
@@ -424,7 +425,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--source", default="fineweb", help="fineweb, demo, or a file or folder of texts [fineweb]")
-    parser.add_argument("--data-dir", type=Path, help="where the shards are [fineweb_data; demo_data for the demo]")
+    parser.add_argument("--data-dir", type=Path, help="where the splits are [fineweb_data; demo_data for the demo]")
     parser.add_argument("--text-field", default="text", help="field of parquet and JSON files that has the text [text]")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="[gpt2; bytes for the demo]")
     for split, budget in zip(SPLITS, BUDGETS["fineweb"], strict=True):
@@ -434,8 +435,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="prepare again what is already there")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--verify", action="store_true", help="only check the files that are there")
-    what.add_argument("--from-hub", metavar="REPO", help="download prepared shards from a dataset repository")
-    what.add_argument("--push-to-hub", metavar="REPO", help="upload the shards to a dataset repository")
+    what.add_argument("--from-hub", metavar="REPO", help="download prepared splits from a dataset repository")
+    what.add_argument("--push-to-hub", metavar="REPO", help="upload the splits to a dataset repository")
     arguments = parser.parse_args(argv)
     demo = arguments.source == "demo"
     arguments.data_dir = arguments.data_dir or Path("demo_data" if demo else "fineweb_data")
@@ -447,7 +448,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_overwriting(data_dir: Path) -> None:
-    """ValueError if a data folder has shards, which --force alone may replace."""
+    """ValueError if a data folder has splits, which --force alone may replace."""
     there = sorted(path.name for path in data_dir.glob("fineweb_*.pt"))
     if there:
         raise ValueError(f"{data_dir} has {', '.join(there)}: choose another --data-dir, or --force")

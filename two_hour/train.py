@@ -12,27 +12,17 @@ field of Config is a flag: see --help. A run writes runs/<name>/, and one that w
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import fcntl
-import hashlib
-import inspect
 import json
 import math
-import os
 import platform
 import re
-import resource
-import secrets
 import shlex
 import shutil
 import signal
 import statistics
 import sys
 import time
-import typing
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -45,13 +35,53 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
+
+sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / "slowrun").is_dir())))
+
+from slowrun import rules
+from slowrun.clock import Clock
+from slowrun.config import RESUME_MAY_CHANGE, RunConfig, parse_flags, require_at_least
+from slowrun.data import (
+    Loader,
+    Split,
+    load_splits,
+    sha256_file,
+    shuffled_documents,
+    shuffled_micro_steps,
+    token_bytes,
+)
+from slowrun.folder import (
+    RunFolder,
+    code_sha256,
+    instrument_sha256,
+    read_config,
+    try_to_write_json,
+    write_atomically,
+    write_json,
+)
+from slowrun.machine import (
+    GIB,
+    compute_dtype,
+    device_name,
+    disk_space,
+    has_bfloat16,
+    peak_flops,
+    peak_memory,
+    total_memory,
+)
+from slowrun.scoring import EvalSet, Score, data_efficiency, mix_probabilities
+from slowrun.session import (
+    NonFiniteLoss,
+    begin,
+    check_same_data,
+    duration,
+    exit_code,
+    reopen,
+    resume_command,
+)
+from slowrun.world import VIRTUAL_RANKS, World, join, seed_of
 
 TRACK = "two_hour"
-SCRIPT_FILES = ("train.py",)  # what a run folder keeps as code/
-# Copied from train.py: VIRTUAL_RANKS
-VIRTUAL_RANKS = 8
-# Copied from model.py: Weights
 Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
 
 
@@ -197,17 +227,13 @@ def check_model(c: GPTConfig) -> None:
 
 # Adapted from train.py: Config -- the track's own numbers, a schedule of windows
 @dataclass(frozen=True)
-class Config(GPTConfig):
+class Config(GPTConfig, RunConfig):
     """How the model is trained. The defaults, with those of GPTConfig, are the current record."""
 
-    data_dir: str = "fineweb_data"  # folder with fineweb_train.pt, fineweb_val.pt and fineweb_holdout.pt
-    val_sequences: int = 4864  # sequences of the validation set, and of the holdout, that are scored at most
     num_epochs: int = 22  # passes over the training data
     batch_tokens: int = 524288  # tokens of an optimizer step
     micro_batch: int = 4  # sequences of a micro-step of one of the 8 virtual ranks
     device_batch: int = 0  # sequences of a forward pass: fewer save memory, same mathematics (0: micro_batch)
-    eval_batch: int = 4  # sequences of a forward pass in validation, per process
-    eval_initial: bool = False  # validate before the first step too
     seed: int = 42  # seed of the initial weights, dropout and stochastic depth; the data order has none
     time_cap_min: float = 120.0  # minutes of training time (0: no cap, and the run is not eligible)
     lr_multiplier: float = 0.25  # factor on all learning rates below but mix_lr
@@ -228,18 +254,11 @@ class Config(GPTConfig):
     meta_gradient: bool = False  # that of the limited track, with --dropout 0.05 --stochastic-depth 0 beside it
     meta_step: float = 0.5  # length of that move, before the warmdown
     shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what is put in another order each epoch
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA where there is a GPU
-    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the GPU has it
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
-    checkpoint_min: float = 10.0  # minutes between checkpoints, besides those at the ends of epochs
-    log_every: int = 10  # steps between printed lines
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: where WANDB_API_KEY is set
-    runs_dir: str = "runs"  # where run folders are made
-    run_name: str = ""  # name of the run folder (empty: track, time and seed)
 
     def __post_init__(self):
-        super().__post_init__()
+        GPTConfig.__post_init__(self)
+        RunConfig.__post_init__(self)
         check_config(self)
         last = self.window_stages[-1].last_epoch
         ends = f"the window schedule ends with epoch {last}, training with epoch {self.num_epochs}"
@@ -275,11 +294,10 @@ class Config(GPTConfig):
 # Copied from train.py: check_config
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError); those that the tracks share."""
-    positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
-    positive.append("log_every")
-    for name in [*positive, "device_batch", "swa_epochs", "time_cap_min", "meta_step", "seed"]:
-        value, least = getattr(c, name), 1 if name in positive else 0
-        require(value >= least, f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    for name in ("num_epochs", "batch_tokens", "micro_batch", "readout_epochs"):
+        require_at_least(c, name, 1)
+    for name in ("device_batch", "swa_epochs", "meta_step"):
+        require_at_least(c, name, 0)
     group = VIRTUAL_RANKS * c.micro_batch * c.sequence_len
     require(
         c.batch_tokens % group == 0,
@@ -297,8 +315,6 @@ def check_config(c: Config) -> None:
     parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.kept_epochs}
     over = [f"{flag} {value}" for flag, value in parts.items() if value > c.num_epochs]
     require(not over, f"{' and '.join(over)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
-    plain = Path(c.run_name).name == c.run_name != ".."
-    require(plain, f"--run-name {c.run_name} is not the name of a folder: --runs-dir says where it is made")
     require(0 <= c.warmdown <= 1, f"warmdown {c.warmdown} is not in [0, 1]")
 
 
@@ -312,193 +328,11 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in about
 }  # fmt: skip
 
 
-# Copied from train.py: RESUME_MAY_CHANGE
-RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
-
-
-# Copied from train.py: field_types
-@cache
-def field_types() -> dict[str, type]:
-    """The type of each field of Config, by name."""
-    return typing.get_type_hints(Config)
-
-
-# Copied from train.py: field_comments
-@cache
-def field_comments() -> dict[str, str]:
-    """The comment behind each field of Config, by name."""
-    comments = {}
-    for cls in reversed(Config.__mro__[:-1]):
-        comments |= dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
-    return comments
-
-
-# Copied from train.py: records_folder
-def records_folder() -> Path:
-    """records/<track> of the repository that this script is in; ValueError if it is elsewhere, as in a run folder."""
-    found = [folder / "records" / TRACK for folder in Path(__file__).resolve().parents[:2]]
-    there = [folder for folder in found if (folder / "records.json").exists()]
-    require(bool(there), f"{found[0]} not found: --record and --list-records need the repository's own script")
-    return there[0]
-
-
-# Copied from train.py: settings_files
-def settings_files(folder: Path) -> list[tuple[int, Path]]:
-    """(Number, file) of the records in records/<track> that --record can train."""
-    return [(int(path.name[:2]), path) for path in sorted(folder.glob("[0-9][0-9]-*.json"))]
-
-
-# Copied from train.py: list_records
-def list_records() -> str:
-    """The track's records, a line each."""
-    folder, lines = records_folder(), ["number, validation loss, time, change; --record trains those with a star"]
-    known = dict(settings_files(folder))
-    for entry in read_json(folder / "records.json", {"records"}, "restore it")["records"]:
-        star = "*" if entry["number"] in known else " "
-        minutes = f"{'~' * entry['time_is_approximate']}{entry['minutes']:g} min"
-        lines.append(f"{star}{entry['number']:3}  {entry['val_loss']:.3f}  {minutes:>10}  {entry['change']}")
-    return "\n".join(lines)
-
-
 # Adapted from train.py: toy_settings -- windows
-def toy_settings(settings: dict) -> dict:
+def record_sizes(settings: dict) -> dict:
     """DEMO's values beside a record's settings: its sizes. What is off there stays off."""
     windows = DEMO["window_schedule"] if ";" in settings.get("window_schedule", ";") else "1-6:64,128"
     return DEMO | {"window_schedule": windows}
-
-
-# Copied from train.py: read_record
-def read_record(number: int) -> dict:
-    """What a published record sets otherwise than the defaults, from its file in records/; ValueError if none is."""
-    files = dict(settings_files(records_folder()))
-    known = ", ".join(map(str, files)) or "none"
-    require(number in files, f"--record {number}: the {TRACK} track has settings of {known}; see --list-records")
-    settings = read_json(files[number], {"settings"}, "restore it")["settings"]
-    require(isinstance(settings, dict), f"{files[number]}: its settings are no JSON object: restore it")
-    unknown = ", ".join(sorted(settings.keys() - field_types().keys()))
-    require(not unknown, f"{files[number]} sets {unknown}, which this script does not have: correct it")
-    for name, value in settings.items():
-        hint = field_types()[name]
-        choices = typing.get_args(hint) or (f"of type {hint.__name__}",)
-        fits = value in choices or type(value) is hint or (hint is float and type(value) is int)
-        require(fits, f"{files[number]} sets {name} to {value!r}: it must be {' or '.join(choices)}")
-    return settings
-
-
-# Copied from train.py: parse_arguments
-def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
-    """Command line -> (fields of Config that were given, run folder to resume or None).
-
-    Every field is a flag with its comment as help text. --record stands for the settings of a published record, --demo
-    for the values in DEMO (beside --record, see toy_settings); flags override both.
-    """
-    usage = "%(prog)s [--demo] [--record N | --resume RUN_DIR] [--FLAG VALUE ...]"
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument(
-        "--demo", action="store_true", help="toy size, for a CPU; before it: python prepare_data.py --source demo"
-    )
-    parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
-    parser.add_argument("--record", metavar="N", type=int, help="train published record N of this track")
-    parser.add_argument("--list-records", action="store_true", help="show the records of this track, and exit")
-    for name, hint in field_types().items():
-        default, text = getattr(Config, name), field_comments()[name].replace("%", "%%")
-        kind = {"type": hint, "metavar": getattr(hint, "__name__", "")}
-        if hint is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(hint) is Literal:
-            kind = {"choices": typing.get_args(hint)}
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, help=f"{text} [{default}]", default=argparse.SUPPRESS, **kind)
-    given = vars(parser.parse_args(argv))
-    demo, resume, record = (given.pop(name) for name in ("demo", "resume", "record"))
-    if given.pop("list_records"):
-        if os.environ.get("RANK", "0") == "0":
-            print(list_records())
-        parser.exit()
-    require(record is None or resume is None, "--record is for a new run: --resume goes on with the run's own settings")
-    settings = {} if record is None else read_record(record)
-    toy = {} if not demo else DEMO if record is None else toy_settings(settings)
-    return settings | toy | given, resume
-
-
-# ======================================================================================================================
-# Distributed
-# ======================================================================================================================
-
-
-# Copied from train.py: World
-@dataclass(frozen=True)
-class World:
-    """The processes that train a model. Their small agreements go through the CPU, so that no GPU waits for them."""
-
-    rank: int
-    size: int
-    device: torch.device
-    group: dist.ProcessGroup | None = None  # None: all processes
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def virtual_ranks(self) -> range:
-        """The virtual ranks that this process plays."""
-        share = VIRTUAL_RANKS // self.size
-        return range(self.rank * share, (self.rank + 1) * share)
-
-    def seed(self, value: int) -> None:
-        """Set the random state of the device alone, from which dropout draws."""
-        seed = torch.cuda.manual_seed if self.cuda else torch.default_generator.manual_seed
-        seed(value)
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Sums over the processes in float64, the same in all of them. Serves as a barrier too."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(total, group=self.group)
-        return total.tolist()
-
-    def share(self, function, *args):
-        """Call the function in the main process; all return its result, or it raises its error and the others exit."""
-        outcome = [None, None]
-        if self.main:
-            try:
-                outcome[0] = function(*args)
-            except (ValueError, OSError) as error:
-                outcome[1] = str(error)
-        if self.size > 1:
-            dist.broadcast_object_list(outcome, group_src=0, group=self.group, device=torch.device("cpu"))
-        if outcome[1] is not None:
-            raise ValueError(outcome[1]) if self.main else SystemExit(2)
-        return outcome[0]
-
-
-# Copied from train.py: check_world_size
-def check_world_size(size: int) -> None:
-    """Refuse a number of processes that cannot share a batch evenly (ValueError)."""
-    require(VIRTUAL_RANKS % size == 0, f"{size} processes cannot share {VIRTUAL_RANKS} virtual ranks: run 1, 2, 4 or 8")
-
-
-# Copied from train.py: set_up_world
-def set_up_world(device: str) -> World:
-    """Join the process group that torchrun describes (nccl and gloo on CUDA, gloo on a CPU); alone without torchrun."""
-    rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    check_world_size(size)
-    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
-    require(cuda or device != "cuda", "--device cuda: torch finds no CUDA GPU here")
-    cuda = cuda and device != "cpu"
-    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1)
-    require(not cuda or here <= gpus, f"{here} processes share {gpus} GPU(s): use --nproc_per_node={gpus} or fewer")
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return World(rank, size, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
 
 
 # ======================================================================================================================
@@ -1095,27 +929,6 @@ def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels
 # --------------------------------------------------------------- on a machine: precision, attention, operations, memory
 
 
-# Copied from model.py: PEAK_FLOPS
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, by device name
-
-
-# Copied from model.py: device_name
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-
-
-# Copied from model.py: peak_flops
-def peak_flops(device: torch.device) -> float | None:
-    """Peak operations per second, to measure the utilization (MFU) by; None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(device)), None)
-
-
-# Copied from model.py: has_bfloat16
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device is a GPU with bfloat16 in hardware, and so runs flash attention: compute capability 8.0."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 # Copied from model.py: choose_attention
 def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
     """A backend of `attend`: varlen where it runs, else sdpa; ValueError if varlen is wanted and does not run."""
@@ -1145,14 +958,6 @@ def attention_error(config: GPTConfig, device: torch.device, backend: str) -> fl
         for found, expected in zip(*results, strict=True):
             worst = max(worst, ((found.float() - expected).abs().max() / expected.abs().max()).item())
     return worst
-
-
-# Copied from train.py: compute_dtype
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Of the forward and backward pass: bfloat16 where the GPU has it, else float32, unless --dtype says."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 # Copied from train.py: KERNELS
@@ -1218,14 +1023,14 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
 # Copied from train.py: check_memory
 def check_memory(config: Config, world: World) -> float:
     """Refuse a model that cannot fit, before anything is allocated -> estimated GiB per process."""
-    dtype = compute_dtype(config, world.device)
+    dtype = compute_dtype(config.dtype, world.device)
     total, static, needed = memory_gib(config, world.size, dtype)
     said = f"{total / 1e6:,.0f}M parameters need {static:.0f} GiB per process for weights, gradients and optimizer"
     if world.cuda:
-        there = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+        there = total_memory(world.device) / GIB
         require(static < there, f"{said}, and the GPU has {there:.0f} GiB: use more or larger GPUs, or a smaller model")
         return needed
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    there = total_memory(world.device) / GIB
     said += f", about {needed:.0f} GiB with activations, in {str(dtype).removeprefix('torch.')}"
     said += f"; this machine has {there:.0f} GiB and no GPU in use"
     on_gpu = memory_gib(config, world.size, torch.bfloat16)[2]
@@ -1245,22 +1050,13 @@ def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     return member / 2**30, sum(t.numel() * t.itemsize for t in tensors) / 2**30
 
 
-# Copied from train.py: disk_space
-def disk_space(folder: Path) -> tuple[float, float]:
-    """GiB that a run has in its folder already, 0 before it begins; GiB that are free on its disk."""
-    resumed = folder.rglob("*") if (folder / "config.json").exists() else ()
-    sizes = {path.stat().st_ino: path.stat().st_size for path in resumed if path.is_file()}  # links count once
-    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return sum(sizes.values()) / 2**30, shutil.disk_usage(disk).free / 2**30
-
-
 # Copied from train.py: check_disk
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
     members = max(1, config.kept_epochs)
     needed = members * member + 3 * checkpoint
-    there, free = disk_space(folder)
+    there, free = (size / GIB for size in disk_space(folder))
     parts = f"weights for the readout, {members} x {member:.3g} GiB in {str(dtype)[6:]}, "
     parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
     said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"
@@ -1476,8 +1272,8 @@ class MuonAdamW:
 
     def broadcast_values(self) -> None:
         """Give all processes the parameters of the main one; collective."""
-        for bucket in self.buckets if self.world.size > 1 else ():
-            dist.broadcast(bucket.values, group_src=0, group=self.world.group)
+        for bucket in self.buckets:
+            self.world.broadcast(bucket.values)
 
     def state_dict(self) -> dict:
         """The whole state by parameter, on the CPU, whatever the number of processes; collective, empty but in main."""
@@ -1485,20 +1281,19 @@ class MuonAdamW:
         for bucket in self.buckets:
             for key, part in bucket.state.items():
                 whole = bucket.whole(part)
-                for name in bucket.params if self.world.main else ():
+                for name in bucket.params if self.world.is_main else ():
                     state.setdefault(name, {})[key] = bucket.view(whole, name).to("cpu", copy=True)
-        return {"steps": self.steps, "state": state} if self.world.main else {}
+        return {"steps": self.steps, "state": state} if self.world.is_main else {}
 
     def load_state_dict(self, saved: dict) -> None:
         """Take up a state_dict of the main process, written by any number of processes; collective."""
-        self.steps = self.world.share(lambda: saved["steps"])
+        self.steps = self.world.on_main(lambda: saved["steps"])
         for bucket in self.buckets:
             for key, part in bucket.state.items():
                 whole = part.new_zeros(part.size(0) * self.world.size, *part.shape[1:])
-                for name in bucket.params if self.world.main else ():
+                for name in bucket.params if self.world.is_main else ():
                     bucket.view(whole, name).copy_(saved["state"][name][key])
-                if self.world.size > 1:
-                    dist.broadcast(whole, group_src=0, group=self.world.group)
+                self.world.broadcast(whole)
                 part.copy_(whole[bucket.own])
 
 
@@ -1707,185 +1502,32 @@ def schedule(plan: Plan, step: int) -> dict[str, float]:
 
 
 # ======================================================================================================================
-# Data
+# Data order
 # ======================================================================================================================
 
 
-# Copied from train.py: SEQ_SHUFFLE_SEEDS
-SEQ_SHUFFLE_SEEDS = {"val": 42, "train": 43, "holdout": 44}
-# Copied from train.py: OFFICIAL_SHA256
-OFFICIAL_SHA256 = {  # the identity of the benchmark
-    "val": "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
-    "train": "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
-}
+def epoch_sequences(config: Config, split: Split, epoch: int) -> np.ndarray:
+    """The sequences of an epoch, counted from 1, in the order of training: (n, T + 1) uint16.
 
-
-# Copied from train.py: Shard
-@dataclass(frozen=True)
-class Shard:
-    """A split: tokens uint16 (n,), offsets of documents' BOS int64 (documents,), seed of the fixed order, file hash."""
-
-    tokens: np.ndarray
-    doc_starts: np.ndarray
-    seq_shuffle_seed: int
-    sha256: str
-
-    def sequences(self, length: int, tokens: np.ndarray | None = None) -> np.ndarray:
-        """The tokens (or those given, in another order) cut into sequences (n, length); the tail is dropped."""
-        tokens = self.tokens if tokens is None else tokens
-        return tokens[: len(tokens) // length * length].reshape(-1, length)
-
-
-# Copied from train.py: sha256_file
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# Copied from train.py: read_meta
-def read_meta(data_dir: str) -> dict | None:
-    """meta.json, which prepare_data.py writes beside the shards; None where the original project's files have none."""
-    path, keys = Path(data_dir) / "meta.json", {"source", "tokenizer", "vocab_size", "splits", "token_bytes"}
-    return read_json(path, keys, "prepare the data again, with --force") if path.exists() else None
-
-
-# Copied from train.py: load_shard
-def load_shard(split: str, config: Config) -> Shard:
-    """Read a split and check all that can be wrong with it."""
-    path, again = Path(config.data_dir) / f"fineweb_{split}.pt", "prepare the data again, with --force"
-    prepare = "python prepare_data.py" + " --source demo" * (config.data_dir == DEMO["data_dir"])
-    require(path.exists(), f"{path} not found: run {prepare}, or name the data's folder by --data-dir")
-    sha256, meta = sha256_file(path), read_meta(config.data_dir)
-    require(not meta or split in meta["splits"], f"{path} is not in meta.json: delete it, or {again}")
-    noted = meta["splits"][split]["sha256"] if meta else sha256
-    differ = f"its SHA-256 is {sha256[:12]}..., in meta.json {noted[:12]}..."
-    require(sha256 == noted, f"{path} is damaged: {differ}: {again}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        tokens, starts = content["tokens"].numpy(), content["doc_starts"].numpy()
-        bos, seed = content["bos_id"], content["seq_shuffle_seed"]
-        sound = tokens.dtype == np.uint16 and starts.dtype == np.int64 and len(tokens) > starts.max() and starts[0] == 0
-        sound = sound and (np.diff(starts) > 0).all() and (tokens[starts] == bos).all()
-    except Exception as error:  # a damaged archive fails in many ways
-        raise ValueError(f"{path} is truncated or damaged ({type(error).__name__}): {again}") from None
-    require(sound, f"{path} is damaged: its documents do not each start with the BOS {bos}: {again}")
-    kind = {s: name for name, s in SEQ_SHUFFLE_SEEDS.items()}.get(seed, "unknown")
-    require(kind == split, f"{path} holds the {kind} split (seq_shuffle_seed {seed}), not {split}: {again}")
-    require(
-        bos == config.vocab_size - 1 and tokens.max() <= bos,
-        f"{path} is of another tokenizer: its BOS is {bos} and its largest token {tokens.max()}, but vocab_size "
-        f"{config.vocab_size} means {config.vocab_size - 1}: change --data-dir or --vocab-size",
-    )
-    length = config.sequence_len + 1
-    require(len(tokens) >= length, f"{path} has {len(tokens)} tokens, a sequence needs {length}: lower --sequence-len")
-    return Shard(tokens, starts, seed, sha256)
-
-
-# Copied from train.py: load_data
-def load_data(config: Config) -> dict[str, Shard]:
-    """All splits; the holdout may be missing, as the original project's files have none."""
-    splits = ["train", "val"] + ["holdout"] * (Path(config.data_dir) / "fineweb_holdout.pt").exists()
-    return {split: load_shard(split, config) for split in splits}
-
-
-# Copied from train.py: token_byte_lengths
-def token_byte_lengths(config: Config) -> tuple[Tensor | None, str]:
-    """(Bytes of every token (V,) int64, 0 for the BOS; where they are from). None without meta.json and tiktoken."""
-    V, meta = config.vocab_size, read_meta(config.data_dir)
-    if meta is not None:
-        found = len(meta["token_bytes"])
-        require(found == V, f"meta.json has the bytes of {found} tokens, vocab_size is {V}: change --vocab-size")
-        return torch.tensor(meta["token_bytes"]), "from meta.json"
-    if V != 50257:
-        return None, "left out, without a meta.json"
-    try:
-        import tiktoken
-
-        encoding = tiktoken.get_encoding("gpt2")
-        lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(50256)] + [0]
-        return torch.tensor(lengths), "from tiktoken"
-    except Exception as error:  # not installed, or its vocabulary cannot be downloaded
-        return None, f"left out: no meta.json beside the shards, and tiktoken fails ({type(error).__name__})"
-
-
-# Copied from train.py: shuffle_seeds
-def shuffle_seeds(config: Config, epoch: int) -> tuple[int | None, int]:
-    """Seeds of the permutations of an epoch's documents (None: they stay in order) and of its sequences."""
-    return epoch if epoch > 1 else None, epoch + 1000
-
-
-# Copied from train.py: TrainLoader
-class TrainLoader:
-    """The training sequences in the benchmark's global order, which does not depend on the number of processes.
-
-    Each epoch permutes the documents, from their order in the epoch before (at first, in the file). They are cut into
-    sequences of T + 1 tokens, which are permuted in turn; see shuffle_seeds. A thread makes an epoch (2 bytes a token)
-    while the one before is trained on. Other values of `shuffle` are those of earlier records; see fixed_sequences.
+    From epoch 2 on the documents are permuted, from their order in the epoch before. They are cut into sequences, which
+    are permuted in turn. Earlier records have a fixed order, or permute its micro-steps.
     """
+    length = config.sequence_len + 1
+    seeds = range(2, epoch + 1)
+    if config.shuffle == "documents":
+        return shuffled_documents(split, length, document_seeds=seeds, sequence_seed=epoch + 1000)
+    return shuffled_micro_steps(split, length, config.micro_batch, seeds if config.shuffle == "micro_steps" else ())
 
-    def __init__(self, shard: Shard, plan: Plan, virtual_ranks: range):
-        self.shard, self.plan, self.virtual_ranks = shard, plan, virtual_ranks
-        self.order, self.order_epoch = np.arange(len(shard.doc_starts)), 0  # of the documents; belongs to the thread
-        self.epochs: dict[int, Future] = {}
-        self.submitted, self.thread = 0, ThreadPoolExecutor(1)
 
-    def make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Runs in the thread -> sequences (n, T + 1) uint16 and the order (n,) in which the epoch takes them."""
-        tokens, starts, config = self.shard.tokens, self.shard.doc_starts, self.plan.config
-        if config.shuffle != "documents":
-            return self.fixed_sequences(epoch)
-        while self.order_epoch < epoch:
-            self.order_epoch += 1
-            seed, _ = shuffle_seeds(config, self.order_epoch)
-            if seed is not None:
-                generator = torch.Generator().manual_seed(seed)
-                self.order = self.order[torch.randperm(len(starts), generator=generator).numpy()]
-        if shuffle_seeds(config, epoch)[0] is not None:
-            ends, shuffled, used = np.append(starts[1:], len(tokens)), np.empty_like(tokens), 0
-            for part in np.array_split(self.order, math.ceil(len(starts) / 1024)):
-                documents = [tokens[a:b] for a, b in zip(starts[part].tolist(), ends[part].tolist(), strict=True)]
-                size = sum(map(len, documents))
-                np.concatenate(documents, out=shuffled[used : used + size])
-                used += size
-            tokens = shuffled
-        sequences = self.shard.sequences(config.sequence_len + 1, tokens)
-        generator = torch.Generator().manual_seed(shuffle_seeds(config, epoch)[1])
-        return sequences, torch.randperm(len(sequences), generator=generator).numpy()
-
-    def fixed_sequences(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """As make_epoch: sequences as in the file, permuted once, as in validation.
-
-        shuffle "micro_steps": each epoch permutes its micro-steps, of all virtual ranks, from their order before.
-        """
-        config = self.plan.config
-        size, sequences = VIRTUAL_RANKS * config.micro_batch, self.shard.sequences(config.sequence_len + 1)
-        order = np.random.RandomState(self.shard.seq_shuffle_seed).permutation(len(sequences))
-        order = order[: len(order) // size * size].reshape(-1, size)
-        seeds = (shuffle_seeds(config, number)[0] for number in range(1, epoch + 1))
-        for seed in seeds if config.shuffle == "micro_steps" else ():
-            if seed is not None:
-                order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).numpy()]
-        return sequences, order.ravel()
-
-    def epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch, from 1; starts making the next."""
-        for number in range(max(self.submitted + 1, epoch), epoch + 2):
-            self.epochs[number], self.submitted = self.thread.submit(self.make_epoch, number), number
-        return self.epochs[epoch].result()
-
-    def batch(self, step: int) -> np.ndarray:
-        """An optimizer step's sequences for this process: (virtual ranks, micro-steps, micro-batch, T + 1) uint16."""
-        size, per_epoch = self.plan.config.micro_batch, self.plan.epoch_micro_steps
-        first, last = (self.plan.first_micro_step(s) for s in (step, step + 1))
-        rows: list[list[np.ndarray]] = [[] for _ in self.virtual_ranks]
-        for micro_step in range(first, last):
-            sequences, order = self.epoch(micro_step // per_epoch + 1)
-            for v, out in zip(self.virtual_ranks, rows, strict=True):
-                start = (VIRTUAL_RANKS * (micro_step % per_epoch) + v) * size
-                out.append(sequences[order[start : start + size]])
-        for done in [epoch for epoch in self.epochs if epoch <= last // per_epoch]:
-            del self.epochs[done]
-        return np.array(rows)
+def make_loader(plan: Plan, split: Split, virtual_ranks: range) -> Loader:
+    """The batches of these virtual ranks."""
+    return Loader(
+        partial(epoch_sequences, plan.config, split),
+        plan.config.micro_batch,
+        micro_steps_before=np.array([plan.first_micro_step(step) for step in range(plan.num_steps + 1)]),
+        micro_steps_per_epoch=plan.epoch_micro_steps,
+        virtual_ranks=virtual_ranks,
+    )
 
 
 # ======================================================================================================================
@@ -1895,63 +1537,6 @@ class TrainLoader:
 
 # Copied from train.py: MIXING
 MIXING = "probability"  # how the readout mixes its members: it averages their probabilities
-# Copied from train.py: EFFICIENCY
-EFFICIENCY = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000, 3.046), (2000, 2.892))  # M tokens, loss
-
-
-# Copied from train.py: Score
-@dataclass(frozen=True)
-class Score:
-    """Mean nats per target; bits per byte of text, None where the bytes are not known; how many of both."""
-
-    loss: float
-    bpb: float | None
-    tokens: int
-    bytes: int
-
-
-# Copied from train.py: EvalSet
-class EvalSet:
-    """A split to score: this process' sequences (n, T + 1) int64, and the bytes (n, T) of their targets."""
-
-    def __init__(self, shard: Shard, config: Config, world: World, byte_lengths: Tensor | None):
-        sequences = shard.sequences(config.sequence_len + 1)
-        order = np.random.RandomState(shard.seq_shuffle_seed).permutation(len(sequences))[: config.val_sequences]
-        own = sequences[order[world.rank :: world.size]]
-        self.world, self.batch, self.sequences = world, config.eval_batch, torch.from_numpy(own.astype(np.int64))
-        self.bytes = byte_lengths[self.sequences[:, 1:]] if byte_lengths is not None else None
-
-    @torch.no_grad()
-    def nats(self, token_losses) -> Tensor:
-        """token_losses: 2 x (B, T) -> (B, T); run over all sequences -> (n, T) float64 on the CPU, nats per target.
-
-        All batches have one shape: the last is filled up with copies of a sequence, which are not scored.
-        """
-        results = [torch.empty(0, self.sequences.size(1) - 1, dtype=torch.float64)]
-        for rows in self.sequences.split(self.batch) if len(self.sequences) else ():
-            batch = torch.cat([rows, rows[:1].expand(self.batch - len(rows), -1)]).to(self.world.device)
-            results.append(token_losses(batch[:, :-1], batch[:, 1:])[: len(rows)].double().cpu())
-        return torch.cat(results)
-
-    def score(self, nats: Tensor) -> Score:
-        """Mean over the targets of all processes, accumulated in float64."""
-        sums = [nats.sum().item(), nats.numel(), 0, 0]
-        if self.bytes is not None:
-            sums[2:] = [(nats * (self.bytes > 0)).sum().item(), self.bytes.sum().item()]
-        total, tokens, text_nats, text_bytes = self.world.sum(sums)
-        bpb = text_nats / math.log(2) / text_bytes if text_bytes else None
-        return Score(total / tokens, bpb, int(tokens), int(text_bytes))
-
-
-# Copied from train.py: data_efficiency
-def data_efficiency(loss: float) -> float | str:
-    """How many times 100M tokens a standard pretraining run needs for this loss; a bound outside of the known range."""
-    if not loss <= EFFICIENCY[0][1]:
-        return "< 2x"
-    for (tokens_a, loss_a), (tokens_b, loss_b) in pairwise(EFFICIENCY):
-        if loss >= loss_b:
-            return round((tokens_a + (loss_a - loss) / (loss_a - loss_b) * (tokens_b - tokens_a)) / 100, 4)
-    return "> 20x"
 
 
 # Copied from train.py: member_dtype
@@ -1960,20 +1545,13 @@ def member_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
     return p.dtype if p.ndim < 2 or name.endswith("_mix") else dtype
 
 
-# Copied from train.py: mix
-def mix(nats: list[Tensor], weights: list[float]) -> Tensor:
-    """Nats of the members' averaged probabilities: -log(sum_i w_i exp(-nats_i) / sum_i w_i)."""
-    logs = [math.log(weight / sum(weights)) - member for weight, member in zip(weights, nats, strict=True)]
-    return -torch.logsumexp(torch.stack(logs), dim=0)
-
-
 # Copied from train.py: load_finished
 def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeights, dict]:
     """-> (The model of a finished run, not filled; its compute weights, to refresh then; members.json)."""
     saved = json.loads((run_dir / "config.json").read_text())
     require(saved["track"] == TRACK, f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
     config, final = Config(**saved["config"]), json.loads((run_dir / "final" / "members.json").read_text())
-    dtype = compute_dtype(config, device)
+    dtype = compute_dtype(config.dtype, device)
     model = build(config, device, dtype, attention=choose_attention("auto", config, device, dtype)).eval()
     return model, ComputeWeights(model, dtype, requires_grad=False), final
 
@@ -2002,352 +1580,17 @@ def load_members(run_dir: str | Path, device: str | torch.device):
 
 
 # ======================================================================================================================
-# Run: clock, log, checkpoint
-# ======================================================================================================================
-
-
-# Copied from train.py: Clock
-class Clock:
-    """train_time_s, the time of the optimizer steps from the first to the last: data, forward, backward, optimizer.
-
-    Not counted are set-up, compilation and warm-up, validation and checkpoints: for those it stands still, once the
-    device has finished the steps before.
-    """
-
-    def __init__(self, now=time.perf_counter):
-        self.now, self.train_time_s, self.since = now, 0.0, now()
-
-    def start(self) -> None:
-        self.since = self.now()
-
-    def lap(self) -> float:
-        """Count the time since the start or the last lap, and return it."""
-        now = self.now()
-        lap_s, self.since = now - self.since, now
-        self.train_time_s += lap_s
-        return lap_s
-
-
-# Copied from train.py: write_atomically
-def write_atomically(path: Path, write) -> None:
-    """write(temporary path), then rename: under its name a file is whole or not there, also after kill -9."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors' are the owner's alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-# Copied from train.py: write_json
-def write_json(path: Path, content) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
-
-
-# Copied from train.py: try_to_write_json
-def try_to_write_json(path: Path, content) -> str:
-    """As write_json -> why it failed, empty if it did not."""
-    try:
-        write_json(path, content)
-        return ""
-    except OSError as error:
-        return str(error)
-
-
-# Copied from train.py: code_sha256
-def code_sha256(folder: Path, names: tuple[str, ...] = ()) -> str:
-    """Of a script's files, or of all in code/: SHA-256 over a line "name, zero byte, SHA-256" for each, sorted."""
-    found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    names = names or tuple(path.relative_to(folder).as_posix() for path in found)
-    lines = (f"{name}\0{sha256_file(folder / name)}\n" for name in sorted(names))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-# Copied from train.py: create_run
-def create_run(config: Config, data_sha256: dict[str, str]) -> dict:
-    """Make the run folder with config.json and code/ -> config.json's content, and the folder."""
-    name = config.run_name or f"{TRACK}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
-    folder, script = Path(config.runs_dir) / name, Path(__file__).resolve().parent
-    try:
-        folder.mkdir(parents=True)
-        for part in ("code", "checkpoints", "final"):
-            (folder / part).mkdir()
-        for file in SCRIPT_FILES:
-            shutil.copy(script / file, folder / "code" / file)
-    except FileExistsError:
-        raise ValueError(f"{folder} exists: choose another --run-name, or continue it: --resume {folder}") from None
-    except OSError as error:
-        raise ValueError(f"cannot make the run folder {folder} ({error.strerror}): choose another --runs-dir") from None
-    values, defaults = dataclasses.asdict(config), dataclasses.asdict(Config())
-    overrides = {key: value for key, value in values.items() if value != defaults[key]}
-    content = {"run_id": secrets.token_hex(4), "track": TRACK, "command": sys.argv, "overrides": overrides}
-    content |= {"config": values, "code_sha256": code_sha256(folder / "code"), "data_sha256": data_sha256}
-    write_json(folder / "config.json", content)
-    return content | {"folder": str(folder)}
-
-
-# Copied from train.py: read_json
-def read_json(path: Path, keys: set[str], advice: str) -> dict:
-    """A JSON object with these keys; ValueError with the advice if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-        require(keys <= content.keys(), f"it lacks {', '.join(keys - content.keys())}")
-        return content
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {advice}") from None
-
-
-# Copied from train.py: read_config
-def read_config(folder: str) -> dict:
-    """config.json of a run folder."""
-    path, keys = Path(folder) / "config.json", {"run_id", "track", "config", "overrides", "code_sha256", "data_sha256"}
-    require(path.exists(), f"{path} not found: --resume needs a run folder, such as runs/<name>")
-    return read_json(path, keys, "a run cannot be resumed without it; its weights are in checkpoints/ and final/")
-
-
-# Copied from train.py: open_run
-def open_run(folder: str, given: dict) -> dict:
-    """As create_run, of a run that this script and these flags can continue; ValueError says why they cannot."""
-    saved, result = read_config(folder), Path(folder) / "result.json"
-    other = (
-        f"{folder} is a run of the {saved['track']} track: resume it with that track's train.py, this one is {TRACK}'s"
-    )
-    require(saved["track"] == TRACK, other)
-    fixed = {k: v for k, v in given.items() if k not in RESUME_MAY_CHANGE and v != saved["config"].get(k)}
-    other = ", ".join(f"{k} {saved['config'].get(k)!r}, now {v!r}" for k, v in fixed.items())
-    require(not fixed, f"{folder} was started with other settings ({other}): leave them out, or start a new run")
-    same = code_sha256(Path(__file__).resolve().parent, SCRIPT_FILES) == saved["code_sha256"]
-    require(same, f"the script changed since {folder} was started: resume it with {folder}/code/{SCRIPT_FILES[0]}")
-    finished = result.exists() and read_json(result, {"status"}, "delete it to resume")["status"] == "finished"
-    return saved | {"folder": folder, "finished": finished}
-
-
-# Copied from train.py: check_same_data
-def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> None:
-    """A run goes on with the files that it was started with; ValueError if they are others."""
-    for split, now in (saved["data_sha256"] | data_sha256).items():
-        then, now = saved["data_sha256"].get(split, "none"), data_sha256.get(split, "none")
-        said = f"fineweb_{split}.pt was {then[:12]}..., and that of {data_dir} is {now[:12]}..."
-        require(then == now, f"{saved['folder']} was started on other data ({said}): give its --data-dir")
-
-
-# Copied from train.py: draw_curve
-def draw_curve(folder: Path, stages: dict[int, str], val_loss: float | None = None) -> None:
-    """curve.png: the training loss of every step and the validation losses, from metrics.jsonl; the readout's loss.
-
-    stages: see stage_changes; those that have begun are marked.
-    """
-    from matplotlib.figure import Figure  # takes a second to import
-
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for key, style, label in (("train_loss", "-", "training, each step"), ("val_loss", "o-", "validation")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            label = f"{label}: {points[-1][1]:.4f}"
-            axes.plot(*zip(*points, strict=True), style, linewidth=1, markersize=4, label=label)
-    if val_loss is not None:
-        axes.axhline(val_loss, linestyle="--", linewidth=1, color="gray", label=f"readout: {val_loss:.4f}")
-    for step, text in stages.items():
-        if 0 < step < max((line["step"] for line in lines), default=0):
-            axes.axvline(step, linestyle=":", linewidth=1, color="gray")
-            axes.annotate(text, (step, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right")
-    axes.legend()
-    losses = [line.get("train_loss", line.get("val_loss")) for line in lines]
-    losses = [loss for loss in losses if math.isfinite(loss)]
-    if len(losses) > 100:  # the fall of the first steps would leave no room for what follows
-        axes.set_ylim(min(losses) - 0.1, float(np.quantile(losses, 0.97)) + 0.2)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=folder.name)
-    axes.grid(alpha=0.3)
-    write_atomically(folder / "curve.png", partial(figure.savefig, format="png", dpi=120))
-
-
-# Copied from train.py: Lines
-class Lines:
-    """A file that grows by lines. What a full disk refuses waits in memory and is tried again with the next line."""
-
-    def __init__(self, path: Path):
-        self.file, self.waiting = open(path, "ab", buffering=0), b""
-
-    def drop_torn_line(self) -> None:
-        """Cut off what a power loss left behind the last whole line."""
-        content = Path(self.file.name).read_bytes()
-        self.file.truncate(content.rfind(b"\n") + 1)
-
-    def write(self, text: str) -> None:
-        self.waiting += text.encode()
-        try:
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
-        except OSError:
-            pass
-
-
-# Copied from train.py: wandb_mode
-def wandb_mode(config: Config) -> str:
-    """How Weights & Biases is wanted: online, offline or off."""
-    mode = config.wandb
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
-    return "off" if mode == "disabled" else mode
-
-
-# Copied from train.py: Run
-class Run:
-    """The run folder and what is written to it as the run goes on. Only the main process writes."""
-
-    def __init__(self, folder: str, run_id: str, main: bool):
-        self.folder, self.run_id, self.main, self.wandb, self.bar = Path(folder), run_id, main, None, None
-
-    def open(self) -> None:
-        self.log_lines, self.metrics = Lines(self.folder / "log.txt"), Lines(self.folder / "metrics.jsonl")
-        try:
-            fcntl.flock(self.log_lines.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {self.folder}: wait for its end, or stop it") from None
-        except OSError as error:
-            self.log(f"no locks on this disk ({error.strerror}): let no other process write to {self.folder}")
-        self.log_lines.drop_torn_line()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.main:
-            if self.wandb is not None:
-                try:
-                    self.wandb.finish()
-                except Exception as error:  # the run folder has all that matters
-                    self.log(f"wandb: {type(error).__name__}: {error}")
-            self.log_lines.file.close()
-            self.metrics.file.close()
-
-    def start_wandb(self, config: Config) -> str:
-        """Weights & Biases, where wanted -> what the header says of it. Where no --wandb asks for it, it may fail."""
-        mode = wandb_mode(config)
-        if mode == "off":
-            return mode
-        try:
-            import wandb
-
-            names = {"project": "nanogpt-slowrun", "name": self.folder.name, "id": self.run_id, "dir": str(self.folder)}
-            values, settings = dataclasses.asdict(config) | {"track": TRACK}, wandb.Settings(silent=True)
-            self.wandb = wandb.init(**names, resume="allow", mode=mode, config=values, settings=settings)
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            require(config.wandb == "auto", f"--wandb {config.wandb} failed ({said}): log in, or choose offline or off")
-            return f"off, since it failed ({said})"
-        return mode
-
-    def log(self, text: str, screen: bool = True) -> None:
-        """Print lines, and keep them in log.txt behind the run id."""
-        if self.main:
-            if screen:
-                tqdm.write(text)
-                sys.stdout.flush()
-            self.log_lines.write("".join(f"{self.run_id} {line}\n" for line in text.splitlines()))
-
-    def progress(self, done: int, total: int, parts: list[str], printed: bool) -> None:
-        """A step is done: move the bar on a terminal; elsewhere, and in log.txt, print a line if it is its turn."""
-        line = " | ".join([f"step {done}/{total}", *parts])
-        if self.main and sys.stderr.isatty():
-            self.bar = self.bar or tqdm(total=total, initial=done - 1, bar_format="{bar:20} {desc}", dynamic_ncols=True)
-            self.bar.set_description_str(line, refresh=False)
-            self.bar.update()
-        if printed:
-            self.log(line, screen=self.bar is None)
-
-    def record(self, values: dict, to_wandb: bool = True) -> None:
-        """A line of metrics.jsonl."""
-        if self.main:
-            self.metrics.write(json.dumps({"run": self.run_id} | values) + "\n")
-            if self.wandb is not None and to_wandb:
-                self.wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
-
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget the steps that were lost with a killed run, and are about to be repeated."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # the last may be half written
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
-        self.metrics.file.close()
-        write_atomically(path, lambda temporary: temporary.write_text(kept))
-        self.metrics = Lines(path)
-
-    def checkpoints(self) -> list[Path]:
-        """The complete ones, oldest first: a .json is written once its .pt is on the disk, and has the hash of it."""
-        return sorted((self.folder / "checkpoints").glob("step_*.json"))
-
-    def save_checkpoint(self, tensors: dict, info: dict) -> str:
-        """Write a checkpoint and drop all but the last two -> why it could not be written, empty if it was."""
-        path, failure = self.folder / "checkpoints" / f"step_{info['step']:07d}.pt", ""
-        try:
-            write_atomically(path, partial(torch.save, tensors))
-            write_json(path.with_suffix(".json"), info | {"sha256": sha256_file(path)})
-        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-            free = shutil.disk_usage(self.folder).free / 2**30
-            failure = f"{type(error).__name__}, {str(error).splitlines()[0]} ({free:.2f} GiB free)"
-        self.drop_checkpoints(keep=2)
-        return failure
-
-    def drop_checkpoints(self, keep: int) -> None:
-        kept = [complete.stem for complete in self.checkpoints()[-keep:]]
-        for file in (self.folder / "checkpoints").iterdir():
-            if file.stem not in kept:
-                file.unlink()
-
-    def load_checkpoint(self) -> tuple[dict, dict] | None:
-        """(Tensors, info) of the newest checkpoint, None if there is none. A damaged one is an error."""
-        found = self.checkpoints()
-        if not found:
-            return None
-        before = f"step {int(found[-2].stem[5:])}" if len(found) > 1 else "the start"
-        path, advice = found[-1].with_suffix(".pt"), f"delete {found[-1]} to resume from {before}"
-        info = read_json(found[-1], {"step", "sha256", "members"}, advice)
-        sound = path.exists() and sha256_file(path) == info["sha256"]
-        require(sound, f"the checkpoint {path} is missing or damaged: {advice}")
-        return torch.load(path, map_location="cpu", weights_only=True), info
-
-
-# ======================================================================================================================
 # Train
 # ======================================================================================================================
-
-
-# Copied from train.py: NonFiniteLoss
-class NonFiniteLoss(RuntimeError):
-    """A loss is NaN or infinite."""
-
-
-# Copied from train.py: duration
-def duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f}h" if seconds > 7200 else f"{seconds / 60:.1f}m" if seconds > 90 else f"{seconds:.0f}s"
-
-
-# Copied from train.py: seed_of
-def seed_of(*numbers: int) -> int:
-    """A seed that depends on all of these numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-# Copied from train.py: resume_command
-def resume_command(processes: int, folder: Path) -> str:
-    """What resumes a run on this machine."""
-    start = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
-    return f"{start} {sys.argv[0]} --resume {folder}"
 
 
 # Copied from train.py: Trainer
 class Trainer:
     """A training run: its state, and its phases warm_up, resume and fit. What follows is finish."""
 
-    def __init__(self, config: Config, world: World, run: Run, plan: Plan, shards: dict[str, Shard], byte_lengths):
-        self.config, self.world, self.run, self.plan, self.shards = config, world, run, plan, shards
-        self.dtype = compute_dtype(config, world.device)
+    def __init__(self, config: Config, world: World, run: RunFolder, plan: Plan, splits: dict[str, Split], lengths):
+        self.config, self.world, self.run, self.plan, self.splits = config, world, run, plan, splits
+        self.dtype = compute_dtype(config.dtype, world.device)
         self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
         self.kernels = choose_kernels(config, world.device, self.dtype)
         self.model = build(config, world.device, self.dtype, **self.kernels)
@@ -2360,8 +1603,12 @@ class Trainer:
         self.optimizer = build_optimizer(config, self.model, world, self.dtype, self.compiled)
         self.optimizer.broadcast_values()
         self.weights = ComputeWeights(self.model, self.dtype)
-        self.loader = TrainLoader(shards["train"], plan, world.virtual_ranks)
-        self.eval_sets = {s: EvalSet(shards[s], config, world, byte_lengths) for s in ("val", "holdout") if s in shards}
+        self.loader = make_loader(plan, splits["train"], world.virtual_ranks)
+        self.eval_sets = {
+            name: EvalSet(split, config.sequence_len, config.val_sequences, config.eval_batch, world, lengths)
+            for name, split in splits.items()
+            if name in ("val", "holdout")
+        }
         costs = [step_flops_per_token(plan, step) for step in range(plan.num_steps)]
         self.tokens = np.array([plan.tokens_done(step) for step in range(plan.num_steps + 1)])  # before a step
         self.flops = np.cumsum([0.0, *(costs * np.diff(self.tokens))])  # of all steps before a step
@@ -2372,7 +1619,6 @@ class Trainer:
         self.members: list[dict] = []  # weights kept for the readout: file, epoch, step
         self.unsaved: dict[str, dict[str, Tensor]] = {}  # those not on the disk yet, by file
         self.pending: deque = deque()  # steps under way: (step, function that waits for its losses)
-        self.recent_s: deque[float] = deque(maxlen=5)  # durations of the last steps
         self.unprinted_s: list[float] = []  # durations of the steps since the last printed line
         self.last_checkpoint, self.checkpoint_due, self.checkpoint_failure = time.monotonic(), False, ""
 
@@ -2402,9 +1648,10 @@ class Trainer:
 
     def train_step(self, step: int):
         """Enqueue an optimizer step -> a function that waits for it and returns this process' share of the losses."""
-        eta, batch = schedule(self.plan, step)["meta_step"], torch.from_numpy(self.loader.batch(step).astype(np.int64))
+        eta, batch = schedule(self.plan, step)["meta_step"], self.loader.batch(step)
         if self.world.cuda:
             batch = batch.pin_memory().to(self.world.device, non_blocking=True)
+        batch = batch.unflatten(1, (-1, self.config.micro_batch))  # (virtual ranks, micro-steps, micro-batch, T + 1)
         totals = torch.zeros(2, dtype=self.model.x0_lambdas.dtype, device=self.world.device)
         for v, micro_steps in zip(self.world.virtual_ranks, batch, strict=True):
             pieces = list(enumerate(self.pieces(micro_steps)))
@@ -2435,7 +1682,7 @@ class Trainer:
         stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
         with torch.random.fork_rng([device] if self.world.cuda else []):
             for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
-                for how in stages.values() if self.world.main == main_turn else ():
+                for how in stages.values() if self.world.is_main == main_turn else ():
                     shape = (c.micro_steps, c.micro_batch, c.sequence_len + 1)  # graphs depend on shapes and strides
                     rows = self.pieces(torch.randint(c.vocab_size, shape, device=device))[0][1]
                     for arguments in warm_up_arguments(c, **how):
@@ -2444,7 +1691,7 @@ class Trainer:
                     batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
                     self.token_losses(batch[:, :-1], batch[:, 1:], **how)
                 self.optimizer.zero_grad()
-                if self.world.main == main_turn:
+                if self.world.is_main == main_turn:
                     self.optimizer.step(0.0, 0.0, 0.95, alone=True)  # no gradient and no rate: it changes nothing
                 self.world.sum([0])
         self.optimizer.step(0.0, 0.0, 0.95)  # connects the processes
@@ -2471,12 +1718,14 @@ class Trainer:
             self.agree()
             if epoch_ends or self.checkpoint_due or self.stopped_by:
                 self.settle(0)
+                self.clock.stop()
                 if epoch_ends or self.stopped_by == "time_cap":
                     self.end_epoch(complete=epoch_ends)
                 self.save_checkpoint()
                 if self.stopped_by == "signal":
-                    self.draw_curve()
+                    self.run.draw_curve(self.stages)
                 self.clock.start()
+        self.clock.stop()
         self.stopped_by = self.stopped_by or "steps"
 
     def take_signal(self, number: int, frame) -> None:
@@ -2501,7 +1750,6 @@ class Trainer:
             step, losses = self.pending.popleft()
             local = losses()
             dt_s = self.clock.lap()
-            self.recent_s.append(dt_s)
             loss, lm_loss = self.world.sum(local)
             self.record_step(step, dt_s, loss, lm_loss)
             if not math.isfinite(loss):
@@ -2510,9 +1758,8 @@ class Trainer:
     def agree(self) -> None:
         """Before each step, all processes decide together whether to stop, or to write a checkpoint after it."""
         c, over_cap = self.config, False
-        if self.recent_s and self.step < self.plan.num_steps:
-            next_end_s = self.clock.train_time_s + (len(self.pending) + 1) * statistics.median(self.recent_s)
-            over_cap = 0 < 60 * c.time_cap_min < next_end_s
+        if self.step < self.plan.num_steps:
+            over_cap = self.clock.next_step_exceeds(60 * c.time_cap_min, steps_in_flight=len(self.pending))
         due = time.monotonic() - self.last_checkpoint >= 60 * c.checkpoint_min
         over_cap, stop, due = self.world.sum([over_cap, bool(self.signal), due])
         self.checkpoint_due = bool(due)
@@ -2552,7 +1799,7 @@ class Trainer:
         return step_s * ahead / last
 
     def print_projection(self) -> None:
-        left_s = self.remaining_s(self.step, statistics.median(self.recent_s))
+        left_s = self.remaining_s(self.step, self.clock.step_s)
         cap, total_min = self.config.time_cap_min, (self.clock.train_time_s + left_s) / 60
         self.run.log(f"projected training time {total_min:.1f} min, cap {f'{cap:g} min' if cap else 'lifted'}")
         if 0 < cap < total_min:
@@ -2569,7 +1816,7 @@ class Trainer:
     def keep_member(self, file: str, epoch: int) -> None:
         """Keep the weights as they are for the readout; save_members writes them to the disk."""
         self.members.append({"file": file, "epoch": epoch, "step": self.step})
-        if self.world.main:
+        if self.world.is_main:
             tensors = self.unsaved[file] = {}
             for name, p in self.model.named_parameters():
                 tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
@@ -2587,39 +1834,32 @@ class Trainer:
         self.run.record(values | {"val_loss": score.loss, "val_bpb": score.bpb})
         bpb = f" | {score.bpb:.4f} bits per byte" if score.bpb else ""
         self.run.log(f"{name} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}")
-        self.draw_curve()
-
-    def draw_curve(self, val_loss: float | None = None) -> None:
-        if self.world.main:
-            try:
-                draw_curve(self.run.folder, self.stages, val_loss)
-            except Exception as error:  # a full disk, or a library's fault: no reason to end a run
-                self.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
+        self.run.draw_curve(self.stages)
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self) -> None:
         """Write all that the run needs to go on from here. A failure is said, and does not end the run."""
         started, tensors = time.monotonic(), training_state(self)
-        if self.world.main:
+        if self.world.is_main:
             info = {"step": self.step, "train_time_s": self.clock.train_time_s, "wall_time_s": self.wall_time_s()}
-            info |= {"readouts": self.readouts, "members": self.members, "recent_s": [*self.recent_s]}
+            info |= {"readouts": self.readouts, "members": self.members, "recent_s": [*self.clock.recent_s]}
             info["stopped_by"] = self.stopped_by if self.stopped_by == "time_cap" else ""
             failure = self.save_members() or self.run.save_checkpoint(tensors, info)
             said = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
             self.run.log(f"checkpoint at step {self.step} {said}, in {time.monotonic() - started:.1f} s")
-        self.checkpoint_failure = self.world.share(lambda: failure)
+        self.checkpoint_failure = self.world.on_main(lambda: failure)
         self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
 
     def save_members(self) -> str:
         """Write the readout's weights that are only in memory -> why they could not be written, empty if they were."""
         for file in list(self.unsaved):
             try:
-                write_atomically(self.run.folder / "final" / file, partial(save_file, self.unsaved[file]))
+                write_atomically(self.run.path / "final" / file, partial(save_file, self.unsaved[file]))
             except Exception as error:  # an OSError, or safetensors' own
                 return f"final/{file}: {error}"
             member = next(member for member in self.members if member["file"] == file)
-            member["sha256"] = sha256_file(self.run.folder / "final" / file)
+            member["sha256"] = sha256_file(self.run.path / "final" / file)
             del self.unsaved[file]
         return ""
 
@@ -2632,17 +1872,17 @@ class Trainer:
             tensors.update(content)
             check_members(self.run, info["members"] if info else [])
             self.run.drop_metrics_after(info["step"] if info else -1)
-            (self.run.folder / "result.json").unlink(missing_ok=True)  # of an attempt that failed
+            (self.run.path / "result.json").unlink(missing_ok=True)  # of an attempt that failed
             return info
 
-        info = self.world.share(read)
+        info = self.world.on_main(read)
         if info is None:
             return self.run.log("no checkpoint yet: starting from step 0")
         restore(self, tensors)
         self.step, self.stopped_by = info["step"], info["stopped_by"]
         self.readouts, self.members = info["readouts"], info["members"]
         self.clock.train_time_s, self.earlier_wall_s = info["train_time_s"], info["wall_time_s"]
-        self.recent_s.extend(info["recent_s"])
+        self.clock.recent_s.extend(info["recent_s"])
         done = f"step {self.step}/{self.plan.num_steps}, after {self.clock.train_time_s:.1f} s of training"
         self.run.log(f"resumed at {done}")
 
@@ -2651,15 +1891,15 @@ class Trainer:
 
     def fail(self, kind: str, loss: float, step: int) -> None:
         """End the run (NonFiniteLoss), and keep what is needed to look at it: the step's tokens, all norms."""
-        if self.world.main:
-            path = self.run.folder / "non_finite.pt"
-            tokens = TrainLoader(self.shards["train"], self.plan, range(VIRTUAL_RANKS)).batch(step)
+        if self.world.is_main:
+            path = self.run.path / "non_finite.pt"
+            tokens = make_loader(self.plan, self.splits["train"], range(VIRTUAL_RANKS)).batch(step)
             norms = {name: p.detach().float().norm().item() for name, p in self.model.named_parameters()}
             bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
-            content = {"step": step + 1, "loss": loss, "tokens": torch.from_numpy(tokens), "norms": norms}
+            content = {"step": step + 1, "loss": loss, "tokens": tokens, "norms": norms}
             write_atomically(path, partial(torch.save, content))
             result = {"track": TRACK, "status": "failed", "stopped_by": "non_finite_loss", "steps": step + 1}
-            write_json(self.run.folder / "result.json", result | {"run_id": self.run.run_id})
+            write_json(self.run.path / "result.json", result | {"run_id": self.run.run_id})
             kept = ", ".join(path.stem for path in self.run.checkpoints()) or "none, it begins anew"
             self.run.log(f"{path} has the tokens and the norms of all parameters; not finite: {len(bad)}, {bad[:3]}")
             self.run.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
@@ -2667,7 +1907,7 @@ class Trainer:
 
     def say_how_to_resume(self) -> int:
         """-> the exit code: 0 if the checkpoint is saved."""
-        how = resume_command(self.world.size, self.run.folder)
+        how = resume_command(self.world.size, self.run.path)
         self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; resume with: {how}")
         return 1 if self.checkpoint_failure else 0
 
@@ -2682,16 +1922,16 @@ def training_state(trainer: Trainer) -> dict:
 # Copied from train.py: restore
 def restore(trainer: Trainer, tensors: dict) -> None:
     """Take up a training_state, which the main process has; collective."""
-    for name, p in trainer.model.named_parameters() if trainer.world.main else ():
+    for name, p in trainer.model.named_parameters() if trainer.world.is_main else ():
         p.data.copy_(tensors["model"][name])
     trainer.optimizer.broadcast_values()
     trainer.optimizer.load_state_dict(tensors.get("optimizer", {}))
 
 
 # Copied from train.py: check_members
-def check_members(run: Run, members: list[dict]) -> None:
+def check_members(run: RunFolder, members: list[dict]) -> None:
     """Refuse to resume where weights of the readout are not as they were saved (ValueError)."""
-    for path, sha256 in ((run.folder / "final" / member["file"], member["sha256"]) for member in members):
+    for path, sha256 in ((run.path / "final" / member["file"], member["sha256"]) for member in members):
         sound = path.exists() and sha256_file(path) == sha256
         require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
 
@@ -2699,8 +1939,8 @@ def check_members(run: Run, members: list[dict]) -> None:
 # Copied from train.py: load_member
 def load_member(trainer: Trainer, member: dict) -> None:
     """Put a member's weights into the model, from the disk or from memory."""
-    if trainer.world.main:
-        saved = trainer.unsaved.get(member["file"]) or load_file(trainer.run.folder / "final" / member["file"])
+    if trainer.world.is_main:
+        saved = trainer.unsaved.get(member["file"]) or load_file(trainer.run.path / "final" / member["file"])
         for name, p in trainer.model.named_parameters():
             p.data.copy_(saved[name])
     trainer.optimizer.broadcast_values()
@@ -2762,13 +2002,13 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
             nats[name].append(eval_set.nats(losses))
         add_to_average(trainer, weight)
         member["weight"] = weight
-    scores = {name: eval_set.score(mix(nats[name], weights)) for name, eval_set in eval_sets.items()}
+    scores = {name: eval_set.score(mix_probabilities(nats[name], weights)) for name, eval_set in eval_sets.items()}
     final = {"mixing": MIXING, "stage": how, "members": members}
     if len(members) == 1:
         trainer.readouts["last_blended" if members[0]["file"] == "blend.safetensors" else "last"] = scores["val"].loss
         return scores["val"], scores.get("holdout"), final
     trainer.readouts["probability_average"] = scores["val"].loss
-    equal = mix(nats["val"], [1.0] * len(members))
+    equal = mix_probabilities(nats["val"], [1.0] * len(members))
     trainer.readouts["probability_average_equal_weights"] = eval_sets["val"].score(equal).loss
     use_average(trainer)
     trainer.readouts["weight_average"] = eval_sets["val"].score(eval_sets["val"].nats(losses)).loss
@@ -2778,12 +2018,12 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
 # Copied from train.py: save_final
 def save_final(trainer: Trainer, final: dict) -> str:
     """Complete final/, with members.json, and drop what else is there -> why it failed, empty if it did not."""
-    for path in (trainer.run.folder / "final").iterdir():
+    for path in (trainer.run.path / "final").iterdir():
         if path.name not in [member["file"] for member in final["members"]]:
             path.unlink()
     if trainer.save_members():  # the disk is full: the older checkpoint makes room
         trainer.run.drop_checkpoints(keep=1)
-    return trainer.save_members() or try_to_write_json(trainer.run.folder / "final" / "members.json", final)
+    return trainer.save_members() or try_to_write_json(trainer.run.path / "final" / "members.json", final)
 
 
 # Copied from train.py: make_result
@@ -2791,43 +2031,26 @@ def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
     """What result.json says, but for eligibility."""
     c, world, seconds = trainer.config, trainer.world, trainer.clock.train_time_s
     tokens = trainer.plan.tokens_done(trainer.step)
-    hashes, folder = {split: shard.sha256 for split, shard in trainer.shards.items()}, trainer.run.folder
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if world.cuda:
-        memory = torch.cuda.max_memory_allocated(world.device)
+    hashes, folder = {split: shard.sha256 for split, shard in trainer.splits.items()}, trainer.run.path
     peak = peak_flops(world.device)
     return {
         "track": TRACK, "status": "finished", "stopped_by": trainer.stopped_by, "run_id": trainer.run.run_id,
         "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(trainer.readouts.values()),
         "readouts": trainer.readouts, "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
-        "data_efficiency": data_efficiency(val.loss) if hashes["val"] == OFFICIAL_SHA256["val"] else None,
+        "data_efficiency": data_efficiency(val.loss) if rules.is_official(hashes) else None,
         "steps": trainer.step, "tokens": tokens, "epochs": trainer.plan.epochs_done(trainer.step),
         "train_time_s": seconds, "wall_time_s": trainer.wall_time_s(), "time_cap_min": c.time_cap_min,
         "seed": c.seed, "world_size": world.size, "device": device_name(world.device),
         "dtype": str(trainer.dtype).removeprefix("torch."), "compiled": trainer.compiled, **trainer.kernels,
         "mixing": MIXING,
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / seconds,
+        "peak_memory_gib": peak_memory(world.device) / GIB, "tokens_per_s": tokens / seconds,
         "mfu": trainer.flops[trainer.step] / seconds / peak / world.size if peak else None,
         "parameters": trainer.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
         "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
+        "instrument_sha256": instrument_sha256(folder / "code" / "slowrun"),
         "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
     }  # fmt: skip
-
-
-# Copied from train.py: ineligible
-def ineligible(config: Config, result: dict) -> list[str]:
-    """Why a result cannot be a record of this track; empty if it can."""
-    cap, targets = Config.time_cap_min, Config.val_sequences * Config.sequence_len
-    checks = {
-        "the data are not the official files": all(result["data_sha256"][s] == h for s, h in OFFICIAL_SHA256.items()),
-        f"{result['val_tokens']:,} validation targets, not {targets:,}": result["val_tokens"] == targets,
-        f"the cap of {cap:g} min is lifted": 0 < config.time_cap_min <= cap,
-        f"training took longer than {cap:g} min": result["train_time_s"] <= 60 * cap,
-        "it ran on other hardware than 8 H100": result["world_size"] == 8 and "H100" in result["device"],
-        "the loss is not finite": math.isfinite(result["val_loss"]),
-    }
-    return [reason for reason, fine in checks.items() if not fine]
 
 
 # Copied from train.py: plan_lines
@@ -2844,11 +2067,9 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
 # Copied from train.py: header
 def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
     """The first thing that a run prints."""
-    c, world, shards = trainer.config, trainer.world, trainer.shards
+    c, world, splits = trainer.config, trainer.world, trainer.splits
     settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
-    official = all(shards[split].sha256 == sha256 for split, sha256 in OFFICIAL_SHA256.items())
-    sizes = ", ".join(f"{split} {len(shard.tokens):,}" for split, shard in shards.items())
-    data = f"{sizes} tokens ({'official' if official else 'not the official files'}); bytes of tokens {bytes_from}"
+    data = f"{rules.describe_data(splits)}; bytes of tokens {bytes_from}"
     device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
     compiled = "compiled" if trainer.compiled else "not compiled"
     kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
@@ -2900,13 +2121,13 @@ def finish(trainer: Trainer) -> int:
     val, holdout, final = found
     if not all(map(math.isfinite, trainer.readouts.values())):
         trainer.fail("validation", val.loss, trainer.step - 1)
-    if not trainer.world.main:
+    if not trainer.world.is_main:
         return 0
-    folder, failure = trainer.run.folder, save_final(trainer, final)
+    folder, failure = trainer.run.path, save_final(trainer, final)
     result = make_result(trainer, val, holdout)
-    reasons = ineligible(trainer.config, result)
+    reasons = rules.reasons_not_eligible(TRACK, result)
     result |= {"eligible": not reasons, "not_eligible_because": reasons}
-    trainer.draw_curve(val.loss)
+    trainer.run.draw_curve(trainer.stages, val.loss)
     trainer.run.log(final_block(result, folder))
     failure = failure or try_to_write_json(folder / "result.json", result)
     if failure:
@@ -2924,43 +2145,45 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
 
     No trainer: the run that --resume names has finished.
     """
-    started, (given, resume) = time.monotonic(), parse_arguments(argv)
+    started = time.monotonic()
+    given, resume = parse_flags(TRACK, Config, DEMO, argv, Path(__file__), __doc__, record_sizes)
     config, device = Config(**given) if resume is None else None, given.get("device", "auto")
     if resume is not None:
-        device = read_config(resume)["config"].get("device", "auto")
-    world = set_up_world(device)
+        device = read_config(Path(resume))["config"].get("device", "auto")
+    world = join(device)
     if resume is not None:
-        saved = world.share(open_run, resume, given)
+        saved = world.on_main(reopen, TRACK, Path(resume), given, Path(__file__).resolve())
         config = Config(**saved["config"] | {name: given[name] for name in RESUME_MAY_CHANGE & given.keys()})
         if saved["finished"]:
-            if world.main:
+            if world.is_main:
                 print(f"{resume} has finished, see {resume}/result.json")
             return None, True
     # What is the same in all processes is checked by one: one message if it is refused.
-    dtype = compute_dtype(config, world.device)
-    world.share(choose_kernels, config, world.device, dtype)
-    needed_gib = world.share(check_memory, config, world)
+    dtype = compute_dtype(config.dtype, world.device)
+    world.on_main(choose_kernels, config, world.device, dtype)
+    needed_gib = world.on_main(check_memory, config, world)
     folder = Path(resume or Path(config.runs_dir) / config.run_name)
-    disk = world.share(check_disk, config, dtype, folder)
-    loaded: dict[str, Shard] = {}
-    world.share(lambda: loaded.update(load_data(config)))
-    shards = loaded or load_data(config)
-    hashes = {split: shard.sha256 for split, shard in shards.items()}
-    plan = world.share(Plan, config, len(shards["train"].sequences(config.sequence_len + 1)))
-    byte_lengths, bytes_from = world.share(token_byte_lengths, config)
+    disk = world.on_main(check_disk, config, dtype, folder)
+    where = config.data_dir, config.vocab_size, config.sequence_len
+    loaded: dict[str, Split] = {}
+    world.on_main(lambda: loaded.update(load_splits(*where)))
+    splits = loaded or load_splits(*where)
+    hashes = {name: split.sha256 for name, split in splits.items()}
+    plan = world.on_main(Plan, config, len(splits["train"].sequences(config.sequence_len + 1)))
+    byte_lengths, bytes_from = world.on_main(token_bytes, config.data_dir, config.vocab_size)
     if resume is None:
-        saved = world.share(create_run, config, hashes)
-    world.share(check_same_data, saved, config.data_dir, hashes)
+        saved = world.on_main(begin, TRACK, config, Path(__file__).resolve(), hashes)
+    world.on_main(check_same_data, saved, config.data_dir, hashes)
     check_same_data(saved, config.data_dir, hashes)  # the other processes may be on other disks
-    run = Run(saved["folder"], saved["run_id"], world.main)
-    world.share(run.open)
+    run = RunFolder(Path(saved["folder"]), saved["run_id"], world.is_main)
+    world.on_main(run.open)
     try:
-        wandb_said = world.share(run.start_wandb, config)
+        wandb_said = world.on_main(run.start_wandb, config.wandb, saved["config"] | {"track": TRACK})
     except ValueError:
         if resume is None:  # refused: nothing is left of it
-            shutil.rmtree(run.folder)
+            shutil.rmtree(run.path)
         raise
-    trainer = Trainer(config, world, run, plan, shards, byte_lengths)
+    trainer = Trainer(config, world, run, plan, splits, byte_lengths)
     trainer.started = started
     run.log(header(trainer, saved, bytes_from, needed_gib, disk, wandb_said))
     return trainer, resume is not None
@@ -2970,21 +2193,23 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 finished, or stopped by a signal and saved; 1 failed; 2 refused."""
     trainer, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def prepare() -> int:
+        nonlocal trainer
+        trainer, resumes = set_up(argv)
+        if trainer is None:
+            return 0
+        for number in handlers:
+            signal.signal(number, trainer.take_signal)
+        trainer.warm_up()
+        if resumes:
+            trainer.resume()
+        return 0
+
     try:
-        try:
-            trainer, resumes = set_up(argv)
-            if trainer is None:
-                return 0
-            for number in handlers:
-                signal.signal(number, trainer.take_signal)
-            trainer.warm_up()
-            if resumes:
-                trainer.resume()
-        except (ValueError, torch.OutOfMemoryError) as error:
-            if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # until they have met, all find the same
-                advice = "" if isinstance(error, ValueError) else "\nLess memory: --device-batch, --eval-batch"
-                print(f"{Path(__file__).name}: error: {error}{advice}", file=sys.stderr)
-            return 2
+        code = exit_code(prepare, __file__)
+        if code or trainer is None:
+            return code
         trainer.fit()
         return trainer.say_how_to_resume() if trainer.stopped_by == "signal" else finish(trainer)
     except NonFiniteLoss as error:
@@ -2998,10 +2223,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    if dist.is_initialized():
-        if exit_code == 0:  # else the others may never come
-            dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(exit_code)  # a thread of gloo that still wants the interpreter can abort a regular exit
-    sys.exit(exit_code)
+    launch(main)
