@@ -74,6 +74,7 @@ from slowrun.session import (
     check_same_data,
     duration,
     exit_code,
+    launch,
     reopen,
     resume_command,
 )
