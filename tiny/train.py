@@ -84,7 +84,6 @@ TRACK = "tiny"
 Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
 
 
-# Copied from model.py: require
 def require(ok: bool, message: str) -> None:
     """For what a user can get wrong."""
     if not ok:
@@ -96,7 +95,6 @@ def require(ok: bool, message: str) -> None:
 # ======================================================================================================================
 
 
-# Adapted from model.py: GPTConfig -- passes instead of layer replay, one dropout, no extra block
 @dataclass(frozen=True)
 class GPTConfig:
     """What the model is. The defaults are the current record of the tiny track, 300M parameters."""
@@ -136,35 +134,29 @@ class GPTConfig:
         require(self.logit_cap > 0, "logit_cap must be positive")
         require(self.xsa_layers >= -1, f"--xsa-layers {self.xsa_layers} must be -1 (all), 0 or more")
 
-    # Copied from model.py: GPTConfig.padded_vocab
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // 64) * 64
 
-    # Copied from model.py: GPTConfig.hidden
     @property
     def hidden(self) -> int:
         """Width of the MLP: 4C, or for SwiGLU, which has a matrix more, 8/3 C rounded up to a multiple of 256."""
         return 4 * self.n_embd if self.mlp == "relu2" else -(-(8 * self.n_embd // 3) // 256) * 256
 
-    # Copied from model.py: GPTConfig.mlp_elements
     @property
     def mlp_elements(self) -> int:
         """Elements of the MLP's matrices."""
         return (2 if self.mlp == "relu2" else 3) * self.n_embd * self.hidden
 
-    # Copied from model.py: GPTConfig.window
     def window(self, i: int) -> int:
         """How many positions back layer i attends, besides its own."""
         short = self.window_pattern[i % len(self.window_pattern)] == "S" and i < self.n_layer - 1
         return self.sequence_len // 2 if short else self.sequence_len
 
-    # Copied from model.py: GPTConfig.has_value_embedding
     def has_value_embedding(self, i: int) -> bool:
         return i % 2 == (self.n_layer - 1) % 2
 
 
-# Adapted from train.py: Config -- the track's own numbers, passes and prediction of several tokens
 @dataclass(frozen=True)
 class Config(GPTConfig, RunConfig):
     """How the model is trained. The defaults, with those of GPTConfig, are the current record."""
@@ -221,25 +213,21 @@ class Config(GPTConfig, RunConfig):
             require(getattr(self, name) <= 1, f"--{name.replace('_', '-')} {getattr(self, name)} is more than 1")
         require(0 < self.ema_decay < 1, f"--ema-decay {self.ema_decay} is not between 0 and 1")
 
-    # Copied from train.py: Config.micro_steps
     @property
     def micro_steps(self) -> int:
         """Micro-steps of a virtual rank in an optimizer step."""
         return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
 
-    # Copied from train.py: Config.halves_batches
     @property
     def halves_batches(self) -> bool:
         """Whether the meta-gradient halves the sequences of a micro-step, as there is only one."""
         return self.meta_gradient and self.micro_steps == 1
 
-    # Copied from train.py: Config.kept_epochs
     @property
     def kept_epochs(self) -> int:
         """Last epochs whose final weights the readout needs; a moving average needs those of the last step alone."""
         return {"average": self.readout_epochs, "last": 1, "ema": 0}[self.readout]
 
-    # Copied from train.py: Config.device_rows
     @property
     def device_rows(self) -> int:
         """Sequences of a forward pass in training."""
@@ -247,7 +235,6 @@ class Config(GPTConfig, RunConfig):
         return min(self.device_batch or rows, rows)
 
 
-# Copied from train.py: check_config
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError); those that the tracks share."""
     for name in ("num_epochs", "batch_tokens", "micro_batch", "readout_epochs"):
@@ -274,7 +261,6 @@ def check_config(c: Config) -> None:
     require(0 <= c.warmdown <= 1, f"warmdown {c.warmdown} is not in [0, 1]")
 
 
-# Adapted from train.py: DEMO -- the track's own techniques
 DEMO = {  # --demo: every technique, at a size that two CPU cores train in less than two minutes
     "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
     "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 8, "eval_batch": 16, "val_sequences": 496,
@@ -294,41 +280,34 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in less 
 # Notation: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 
 
-# Copied from model.py: norm
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without learned gain (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-# Copied from model.py: _DROPOUT
 _DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"  # each module needs its own name
 
 
-# Copied from model.py: _dropout
 @torch.library.custom_op(_DROPOUT, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return torch.native_dropout(x, p, True)
 
 
-# Copied from model.py: _dropout_fake
 @_dropout.register_fake
 def _dropout_fake(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
 
 
-# Copied from model.py: _dropout_setup
 def _dropout_setup(ctx, inputs, output) -> None:
     ctx.p = inputs[1]
     ctx.save_for_backward(output[1])
 
 
-# Copied from model.py: _dropout_backward
 @partial(_dropout.register_autograd, setup_context=_dropout_setup)
 def _dropout_backward(ctx, grad, _):
     return grad * ctx.saved_tensors[0] * (1 / (1 - ctx.p)), None
 
 
-# Copied from model.py: dropout
 def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout (arXiv 1207.0580); the identity for p = 0.
 
@@ -338,7 +317,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return _dropout(x, p)[0] if p else x
 
 
-# Adapted from model.py: rotary_tables -- half of the planes may not rotate
 def rotary_tables(length: int, head_dim: int, half: bool, device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos, sin of the rotary embedding, base 10000 (arXiv 2104.09864) -> 2 x (length, 1, D / 2), float32 or wider.
 
@@ -352,7 +330,6 @@ def rotary_tables(length: int, head_dim: int, half: bool, device, dtype: torch.d
     return angles.cos(), angles.sin()
 
 
-# Copied from model.py: rotate
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """x (B, T, H, D), its halves the two coordinates of the rotated planes -> (B, T, H, D), float32 or wider."""
     cos, sin = rotary
@@ -360,7 +337,6 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
-# Copied from model.py: attend
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
     """Causal attention, scale 1 / sqrt(D), position t sees t - window ... t: 3 x (B, T, H, D) -> (B, T, H, D).
 
@@ -396,7 +372,6 @@ def offset_keys(k: Tensor) -> Tensor:
     return torch.cat([still, torch.cat([moved[:, :1], moved[:, :-1]], dim=1)], dim=-1)
 
 
-# Copied from model.py: exclude_own_value
 def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
     """Exclusive self-attention (arXiv 2603.09078): y loses a share of its part along the position's own value.
 
@@ -407,7 +382,6 @@ def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
     return (y - strength * along).to(y.dtype)
 
 
-# Adapted from model.py: attention -- key offset and exclusive attention
 def attention(w, x: Tensor, ve: Tensor | None, alpha, rotary, *, offset: bool, window: int, n_head: int, backend: str):
     """x (B, T, C), value embedding ve (B, T, C) or None, alpha (H,) or None -> (B, T, C).
 
@@ -428,7 +402,6 @@ def attention(w, x: Tensor, ve: Tensor | None, alpha, rotary, *, offset: bool, w
     return F.linear(y.reshape(B, T, C), w["attn_proj"])
 
 
-# Copied from model.py: mlp
 def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
     """SwiGLU (arXiv 2002.05202), or without a gate squared ReLU (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
     if "gate_up" in w:
@@ -439,7 +412,6 @@ def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(hidden, w["mlp_proj"])
 
 
-# Adapted from model.py: layer -- dropout on attention only, no stochastic depth
 def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, alpha, rotary, *, dropout_p, **settings):
     """A transformer block and the mixture before it; all streams are (B, T, C).
 
@@ -456,28 +428,23 @@ def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, alpha,
 
 # -------------------------------------------------------------------------------------------------------- head and loss
 
-# Copied from model.py: CHUNK
 CHUNK = 4096  # positions whose logits exist at a time in training on a GPU: enough to keep it busy
-# Copied from model.py: CHUNK_ON_CPU
 CHUNK_ON_CPU = 128  # the same on a CPU: few enough to stay in its caches
 X_SCALE, LM_HEAD_SCALE, GRAD_SCALE = 100 / 448, 1.6 / 448, 0.75 / 448  # an fp8 number times its scale is the value
 
 
-# Adapted from model.py: capped_logits -- lm_head is (C, padded V)
 def capped_logits(x: Tensor, lm_head: Tensor, vocab_size: int, cap: float) -> Tensor:
     """x (..., C) -> soft-capped logits (..., V), float32 or wider (arXiv 2408.00118)."""
     logits = (x @ lm_head)[..., :vocab_size]
     return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
 
 
-# Copied from model.py: cross_entropy
 def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
     """x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
     logits = capped_logits(x, lm_head, vocab_size, cap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-# Copied from model.py: capped_cross_entropy
 def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
     """Loss of n positions with K targets each, and its gradient by the logits before their soft cap.
 
@@ -514,7 +481,6 @@ def fp8_product(a: Tensor, b: Tensor, scale: float, fast: bool = False) -> Tenso
     return torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
-# Adapted from model.py: head_chunk -- lm_head is (C, padded V), products in fp8
 def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float, head: str):
     """x (n, C), lm_head (C, padded V) -> the losses of capped_cross_entropy, their gradients by x and by lm_head.
 
@@ -532,7 +498,6 @@ def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, voc
     return loss, first_loss, x_grad, fp8_product(x8.T.contiguous(), grad8.T.contiguous().T, X_SCALE * GRAD_SCALE)
 
 
-# Copied from model.py: HeadLoss
 class HeadLoss(torch.autograd.Function):
     """The head and the loss behind it, in chunks of positions whose gradients are made in the forward pass.
 
@@ -570,7 +535,6 @@ class HeadLoss(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------- parameters
 
 
-# Adapted from model.py: Attention -- no head mixes
 class Attention(nn.Module):
     """Parameters of an attention layer."""
 
@@ -582,7 +546,6 @@ class Attention(nn.Module):
         self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
 
 
-# Copied from model.py: MLP
 class MLP(nn.Module):
     """Parameters of an MLP."""
 
@@ -593,7 +556,6 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
 
 
-# Adapted from model.py: Block -- no head mixes
 class Block(nn.Module):
     """Parameters of a transformer block."""
 
@@ -626,7 +588,6 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_embd, config.padded_vocab))
 
 
-# Copied from model.py: take_gradient
 def take_gradient(total: Tensor, leaf: Tensor) -> None:
     """Add a leaf's gradient to a sum and drop it, as soon as it is there (a hook).
 
@@ -636,7 +597,6 @@ def take_gradient(total: Tensor, leaf: Tensor) -> None:
     leaf.grad = None
 
 
-# Adapted from model.py: ComputeWeights -- no head mixes
 class ComputeWeights:
     """The weights that the forward pass reads, made from the masters once per gradient.
 
@@ -677,7 +637,6 @@ class ComputeWeights:
             master.grad.add_(self.sums[leaf][rows])
         self.clear_gradients()
 
-    # Copied from model.py: ComputeWeights.clear_gradients
     def clear_gradients(self) -> None:
         for gradient in self.sums.values():
             gradient.zero_()
@@ -686,7 +645,6 @@ class ComputeWeights:
 # ------------------------------------------------------------------------------------------------------------------ GPT
 
 
-# Adapted from model.py: GPT -- recurrence, exclusive attention, one head for several tokens
 class GPT(nn.Module):
     """Decoder-only transformer with U-Net skips, value embeddings, gated heads, exclusive attention and recurrence."""
 
@@ -748,7 +706,6 @@ class GPT(nn.Module):
             for unit, weights in self.sources().items()
         }
 
-    # Adapted from model.py: GPT.rotary -- half of the planes may not rotate
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """The tables for `length` positions, made once per device and dtype."""
         where, config = (self.x0_lambdas.device, self.x0_lambdas.dtype), self.config
@@ -758,7 +715,6 @@ class GPT(nn.Module):
         cos, sin = self._rotary[where]
         return cos[:length], sin[:length]
 
-    # Adapted from model.py: GPT._settings -- key offset in layers that see all
     def _settings(self, window: int) -> dict:
         offset = self.config.key_offset and window == self.config.sequence_len
         settings = {"window": window, "offset": offset, "backend": self.backend}
@@ -811,14 +767,12 @@ class GPT(nn.Module):
         losses = HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, future.flatten(0, 1))
         return tuple(loss / targets.numel() for loss in losses)
 
-    # Copied from model.py: GPT.token_losses
     def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, **how) -> Tensor:
         """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
         w = w or self.weights()
         x = self.trunk(w, tokens, **how)
         return self._cross_entropy(x, w["io"]["lm_head"], targets, self.config.vocab_size, self.config.logit_cap)
 
-    # Copied from model.py: GPT.log_probs
     def log_probs(self, tokens: Tensor, w: Weights | None = None, **how) -> Tensor:
         """tokens (B, T) int64 -> log-probabilities of the next token (B, T, V), float32 or wider."""
         w = w or self.weights()
@@ -826,7 +780,6 @@ class GPT(nn.Module):
         return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
 
 
-# Adapted from model.py: build -- lm_head has the compute dtype too
 def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
     """A model for a device, its parameters not filled yet: float32 or wider, wte and lm_head of the compute dtype."""
     with torch.device("meta"):
@@ -839,7 +792,6 @@ def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels
 # ----------------------------------------------------------------- on a machine: precision, kernels, operations, memory
 
 
-# Copied from model.py: choose_attention
 def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
     """A backend of `attend`: varlen where it runs, else sdpa; ValueError if varlen is wanted and does not run."""
     D = config.n_embd // config.n_head
@@ -863,14 +815,12 @@ def choose_head(wanted: str, config: GPTConfig, device: torch.device, dtype: tor
     return wanted if wanted != "auto" else "fp8" if able and cuda else "plain"
 
 
-# Adapted from train.py: choose_kernels -- the head too
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
     attention = choose_attention(config.attention, config, device, dtype)
     return {"attention": attention, "head": choose_head(config.head, config, device, dtype)}
 
 
-# Copied from model.py: attention_error
 def attention_error(config: GPTConfig, device: torch.device, backend: str) -> float:
     """Largest error of a backend in bfloat16, of its output and gradients on random q, k, v in the model's windows.
 
@@ -908,14 +858,12 @@ def head_error(config: GPTConfig, device: torch.device, head: str) -> float:
     return max(((found.float() - expected).norm() / expected.norm()).item() for found, expected in pairs)
 
 
-# Adapted from train.py: KERNELS -- the head too
 KERNELS = {  # what computes everywhere, what is faster, how far that may be off, the function that says how far it is
     "attention": ("sdpa", "varlen", 0.05, attention_error),
     "head": ("plain", "fp8", 0.2, head_error),
 }
 
 
-# Copied from train.py: check_kernels
 def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
     """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
     for name, kernel in kernels.items():
@@ -929,7 +877,6 @@ def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
         require(error < limit, f"{name} {kernel} is wrong here, by {error:g}: use --{name} {fallback}, and report it")
 
 
-# Adapted from model.py: flops_per_token -- passes
 def flops_per_token(config: GPTConfig, passes: int) -> float:
     """Floating-point operations of forward and backward per token: matrix products and attention of all passes."""
     C, T, L = config.n_embd, config.sequence_len, config.n_layer
@@ -939,7 +886,6 @@ def flops_per_token(config: GPTConfig, passes: int) -> float:
     return (6 + 2 * (passes - 1)) * (stack + 2 * C * keys) + 6 * once
 
 
-# Adapted from train.py: memory_gib -- other parameters are moved, an average is kept, recurrence keeps nothing
 def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
     """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all).
 
@@ -959,7 +905,6 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
     return total, static / 2**30, (static + positions * per_layer * config.n_layer + head) / 2**30
 
 
-# Copied from train.py: check_memory
 def check_memory(config: Config, world: World) -> float:
     """Refuse a model that cannot fit, before anything is allocated -> estimated GiB per process."""
     dtype = compute_dtype(config.dtype, world.device)
@@ -979,7 +924,6 @@ def check_memory(config: Config, world: World) -> float:
     return needed
 
 
-# Copied from train.py: disk_gib
 def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     """GiB of (the weights that the readout keeps of an epoch, a checkpoint: weights and optimizer)."""
     model = build(config, torch.device("meta"), dtype)
@@ -989,7 +933,6 @@ def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     return member / 2**30, sum(t.numel() * t.itemsize for t in tensors) / 2**30
 
 
-# Copied from train.py: check_disk
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
@@ -1009,12 +952,9 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
 # ======================================================================================================================
 
 # torch 2.13 renamed these
-# Copied from train.py: reduce_scatter
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-# Copied from train.py: all_gather
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Copied from train.py: POLAR_EXPRESS
 POLAR_EXPRESS = (  # coefficients of the five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1024,7 +964,6 @@ POLAR_EXPRESS = (  # coefficients of the five steps
 )
 
 
-# Adapted from train.py: optimizer_groups -- the track's table; the meta-gradient moves the matrices of the MLP
 def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor).
 
@@ -1048,7 +987,6 @@ def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     return [dict(zip(keys, row, strict=True)) | {"row_norm": False} for row in table]
 
 
-# Copied from train.py: polar_express
 def polar_express(x: Tensor) -> Tensor:
     """Approximately the orthogonal factor of each matrix (arXiv 2505.16932): (n, rows, cols) -> the same."""
     tall = x.size(-2) > x.size(-1)
@@ -1059,14 +997,12 @@ def polar_express(x: Tensor) -> Tensor:
     return x
 
 
-# Copied from train.py: nesterov
 def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
     """Updates the momentum in place -> the direction that looks ahead of it."""
     momentum.copy_(mu * momentum + (1 - mu) * grad)
     return (1 - mu) * grad + mu * momentum
 
 
-# Copied from train.py: orthogonal_step
 def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
     """Moves p along u, made orthogonal and evened out over rows (or columns); cautious weight decay. In place.
 
@@ -1083,7 +1019,6 @@ def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
     p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
 
 
-# Copied from train.py: muon_update
 def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
     """A Muon step, in place: see orthogonal_step. row_norm: rows of norm 1 before it, MuonEq-R (arXiv 2603.28254)."""
     u = nesterov(grad, momentum, mu)
@@ -1092,7 +1027,6 @@ def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dt
     orthogonal_step(p, u, second, lr, weight_decay, dtype)
 
 
-# Copied from train.py: adamw_update
 def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, step) -> None:
     """An AdamW step, in place (arXiv 1711.05101): arguments (n,) or (), `step` counted from 1. It decays first."""
     exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * grad)
@@ -1101,7 +1035,6 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, s
     p.copy_(p.to(grad.dtype) * (1 - lr * weight_decay) - lr * (exp_avg / (1 - beta1**step)) / denominator)
 
 
-# Copied from train.py: Bucket
 class Bucket:
     """Parameters with a common buffer of values and one of gradients, of which each process owns an equal part.
 
@@ -1155,7 +1088,6 @@ class Bucket:
         return buffer if self.world.size > 1 else part
 
 
-# Copied from train.py: MuonAdamW
 class MuonAdamW:
     """Muon for matrices, AdamW for tables and scalars, with the state sharded over the processes.
 
@@ -1237,7 +1169,6 @@ class MuonAdamW:
                 part.copy_(whole[bucket.own])
 
 
-# Adapted from train.py: build_optimizer -- an average of the weights is kept with the state
 def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype, compile: bool) -> MuonAdamW:
     """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it.
 
@@ -1252,7 +1183,6 @@ def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype
     return optimizer
 
 
-# Copied from train.py: update_weights
 @torch.no_grad()
 def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
     """The end of an optimizer step: the weights change and, if it is their turn, enter their moving average."""
@@ -1263,7 +1193,6 @@ def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
         average.lerp_(bucket.values[bucket.own].to(average.dtype), share)
 
 
-# Copied from train.py: add_gradient
 @torch.no_grad()
 def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, eta: float) -> None:
     """Add the gradient of a virtual rank to the parameters' .grad, with or without the meta-gradient step.
@@ -1300,7 +1229,6 @@ def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, et
 # ======================================================================================================================
 
 
-# Copied from train.py: warmdown
 def warmdown(config: Config, step: int, num_steps: int) -> float:
     """1, then falling to 0 over the last part of the run, linearly or as a square root."""
     length = round(config.warmdown * num_steps)
@@ -1308,7 +1236,6 @@ def warmdown(config: Config, step: int, num_steps: int) -> float:
     return left if config.warmdown_shape == "linear" else math.sqrt(left)
 
 
-# Copied from train.py: swa_cycle
 def swa_cycle(config: Config, step: int, num_steps: int) -> float | None:
     """Position, 0 to 1, in the epoch-long cycles of stochastic weight averaging (arXiv 1803.05407); None before."""
     epoch_steps = num_steps / config.num_epochs
@@ -1316,14 +1243,12 @@ def swa_cycle(config: Config, step: int, num_steps: int) -> float | None:
     return (step - start) / epoch_steps % 1.0 if step >= start else None
 
 
-# Copied from train.py: lr_multiplier
 def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
     """The warmdown; in the cycles, half a cosine from there to 0.05."""
     level, cycle = warmdown(config, step, num_steps), swa_cycle(config, step, num_steps)
     return level if cycle is None else 0.05 + (max(level, 0.05) - 0.05) * (1 + math.cos(math.pi * cycle)) / 2
 
 
-# Adapted from train.py: weight_decay_multiplier -- three phases
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
     """1, from decay_hold on linear to the low value at decay_low, then linear to the end value; over weight_decay."""
     if not config.decay_schedule:
@@ -1341,7 +1266,6 @@ def mtp_weights(config: Config, step: int, num_steps: int) -> tuple[float, float
     return 1.0, config.mtp_weight_1 * left_1, config.mtp_weight_2 * left_2
 
 
-# Adapted from train.py: average_share -- from the first step on
 def average_share(plan: Plan, step: int) -> float:
     """Share that the weights after a step take in their moving average, 0 if it is not their turn."""
     return 1 - ema_beta(plan) if step % plan.config.ema_every == 0 else 0.0
@@ -1352,13 +1276,11 @@ def ema_beta(plan: Plan) -> float:
     return plan.config.ema_decay ** (plan.config.ema_every * plan.config.num_epochs / plan.num_steps)
 
 
-# Copied from train.py: muon_momentum
 def muon_momentum(step: int) -> float:
     """Linear from 0.85 to 0.95 over the first 300 steps."""
     return 0.85 + 0.1 * min(step / 300, 1.0)
 
 
-# Copied from train.py: Plan
 @dataclass(frozen=True)
 class Plan:
     """What follows from the config and the number of training sequences of T + 1 tokens."""
@@ -1399,38 +1321,32 @@ class Plan:
         return done if step < self.num_steps else self.config.num_epochs
 
 
-# Adapted from train.py: stage -- passes
 def stage(plan: Plan, step: int) -> dict:
     """What switches once in a run, as keyword arguments of the model: here, the number of passes."""
     return {"passes": 1 if step < plan.config.passes_from * plan.num_steps else plan.config.passes}
 
 
-# Copied from train.py: stage_changes
 def stage_changes(plan: Plan) -> dict[int, str]:
     """The steps from which on other things are switched, the first included, and what the stage then is."""
     said = [", ".join(f"{k} {v}" for k, v in stage(plan, step).items()) for step in range(plan.num_steps)]
     return {step: text for step, text in enumerate(said) if step == 0 or text != said[step - 1]}
 
 
-# Copied from train.py: step_flops_per_token
 def step_flops_per_token(plan: Plan, step: int) -> float:
     """Floating-point operations of an optimizer step, per token."""
     return flops_per_token(plan.config, **stage(plan, step))
 
 
-# Adapted from train.py: pass_arguments -- multi-token prediction
 def pass_arguments(plan: Plan, step: int, micro_step: int) -> dict:
     """What else the model needs for the training loss: the weights of the next tokens' losses."""
     return {"mtp_weights": mtp_weights(plan.config, step, plan.num_steps)}
 
 
-# Adapted from train.py: warm_up_arguments -- multi-token prediction
 def warm_up_arguments(config: Config, passes: int) -> list[dict]:
     """pass_arguments that lead to other graphs: there are none."""
     return [{"mtp_weights": (1.0, config.mtp_weight_1, config.mtp_weight_2)}]
 
 
-# Adapted from train.py: schedule -- multi-token prediction, a constant meta-gradient step
 def schedule(plan: Plan, step: int) -> dict[str, float]:
     """The values of all schedules at a step."""
     c, N = plan.config, plan.num_steps
@@ -1478,17 +1394,14 @@ def make_loader(plan: Plan, split: Split, virtual_ranks: range) -> Loader:
 # Validation
 # ======================================================================================================================
 
-# Adapted from train.py: MIXING -- weights
 MIXING = "weight"  # how the readout mixes its members: it averages their weights
 
 
-# Adapted from train.py: member_dtype -- as they are
 def member_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
     """In which a member of the readout keeps a parameter: as it is, so that the average is rounded once."""
     return p.dtype
 
 
-# Copied from train.py: load_finished
 def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeights, dict]:
     """-> (The model of a finished run, not filled; its compute weights, to refresh then; members.json)."""
     saved = json.loads((run_dir / "config.json").read_text())
@@ -1499,7 +1412,6 @@ def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeig
     return model, ComputeWeights(model, dtype, requires_grad=False), final
 
 
-# Adapted from train.py: load_members -- the average of their weights is one model
 @torch.no_grad()
 def load_members(run_dir: str | Path, device: str | torch.device):
     """The readout of a finished run: yields (1.0, log_probs) once, for the average of its members' weights.
@@ -1528,7 +1440,6 @@ def load_members(run_dir: str | Path, device: str | torch.device):
 # ======================================================================================================================
 
 
-# Copied from train.py: Trainer
 class Trainer:
     """A training run: its state, and its phases warm_up, resume and fit. What follows is finish."""
 
@@ -1856,14 +1767,12 @@ class Trainer:
         return 1 if self.checkpoint_failure else 0
 
 
-# Copied from train.py: training_state
 def training_state(trainer: Trainer) -> dict:
     """The tensors of a checkpoint; collective, of use in the main process alone."""
     state = trainer.optimizer.state_dict()
     return {"model": {name: p.detach() for name, p in trainer.model.named_parameters()}, "optimizer": state}
 
 
-# Copied from train.py: restore
 def restore(trainer: Trainer, tensors: dict) -> None:
     """Take up a training_state, which the main process has; collective."""
     for name, p in trainer.model.named_parameters() if trainer.world.is_main else ():
@@ -1872,7 +1781,6 @@ def restore(trainer: Trainer, tensors: dict) -> None:
     trainer.optimizer.load_state_dict(tensors.get("optimizer", {}))
 
 
-# Copied from train.py: check_members
 def check_members(run: RunFolder, members: list[dict]) -> None:
     """Refuse to resume where weights of the readout are not as they were saved (ValueError)."""
     for path, sha256 in ((run.path / "final" / member["file"], member["sha256"]) for member in members):
@@ -1880,7 +1788,6 @@ def check_members(run: RunFolder, members: list[dict]) -> None:
         require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
 
 
-# Copied from train.py: load_member
 def load_member(trainer: Trainer, member: dict) -> None:
     """Put a member's weights into the model, from the disk or from memory."""
     if trainer.world.is_main:
@@ -1891,20 +1798,17 @@ def load_member(trainer: Trainer, member: dict) -> None:
     trainer.weights.refresh()
 
 
-# Copied from train.py: recency_weights
 def recency_weights(members: list[dict]) -> list[float]:
     """1:2:3..., the newest heaviest; they sum to 1."""
     return [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
 
 
-# Copied from train.py: add_to_average
 def add_to_average(trainer: Trainer, weight: float) -> None:
     """Add the model's weights to an average, in the memory of the gradients, which have no other use any more."""
     for bucket in trainer.optimizer.buckets:
         bucket.grads.add_(bucket.values, alpha=weight)
 
 
-# Copied from train.py: use_average
 def use_average(trainer: Trainer) -> None:
     """Put the average into the model, and clear it."""
     for bucket in trainer.optimizer.buckets:
@@ -1913,7 +1817,6 @@ def use_average(trainer: Trainer) -> None:
     trainer.weights.refresh()
 
 
-# Adapted from train.py: read_out -- averages of weights
 def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
 
@@ -1965,7 +1868,6 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     return val, holdout, {"mixing": MIXING, "stage": how, "members": members}
 
 
-# Copied from train.py: save_final
 def save_final(trainer: Trainer, final: dict) -> str:
     """Complete final/, with members.json, and drop what else is there -> why it failed, empty if it did not."""
     for path in (trainer.run.path / "final").iterdir():
@@ -1976,7 +1878,6 @@ def save_final(trainer: Trainer, final: dict) -> str:
     return trainer.save_members() or try_to_write_json(trainer.run.path / "final" / "members.json", final)
 
 
-# Copied from train.py: make_result
 def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
     """What result.json says, but for eligibility."""
     c, world, seconds = trainer.config, trainer.world, trainer.clock.train_time_s
@@ -2003,7 +1904,6 @@ def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
     }  # fmt: skip
 
 
-# Copied from train.py: plan_lines
 def plan_lines(trainer: Trainer) -> dict[str, str]:
     """What the header says of steps and stages, by the words in front."""
     c = trainer.config
@@ -2014,7 +1914,6 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
     }
 
 
-# Copied from train.py: header
 def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
     """The first thing that a run prints."""
     c, world, splits = trainer.config, trainer.world, trainer.splits
@@ -2039,7 +1938,6 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, di
     return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
 
 
-# Copied from train.py: final_block
 def final_block(result: dict, folder: Path) -> str:
     """The last thing that a run prints."""
     bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
@@ -2062,7 +1960,6 @@ def final_block(result: dict, folder: Path) -> str:
     return "\n".join(["=" * 100, *lines, "=" * 100])
 
 
-# Copied from train.py: finish
 def finish(trainer: Trainer) -> int:
     """Read out, print the final block, write result.json, clean up -> the exit code."""
     found = read_out(trainer)
@@ -2089,7 +1986,6 @@ def finish(trainer: Trainer) -> int:
     return 0
 
 
-# Copied from train.py: set_up
 def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
     """From the command line to a trainer, and whether it resumes; what can be refused is refused here (ValueError).
 
@@ -2139,7 +2035,6 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
     return trainer, resume is not None
 
 
-# Copied from train.py: main
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 finished, or stopped by a signal and saved; 1 failed; 2 refused."""
     trainer, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -86,7 +86,6 @@ TRACK = "two_hour"
 Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
 
 
-# Copied from model.py: require
 def require(ok: bool, message: str) -> None:
     """For what a user can get wrong."""
     if not ok:
@@ -126,7 +125,6 @@ def parse_window_schedule(text: str, sequence_len: int) -> tuple[WindowStage, ..
     return tuple(stages)
 
 
-# Adapted from model.py: GPTConfig -- windows by stage
 @dataclass(frozen=True)
 class GPTConfig:
     """What the model is. The defaults are the current record of the two-hour track, 1.4B parameters."""
@@ -157,12 +155,10 @@ class GPTConfig:
         check_model(self)
         parse_window_schedule(self.window_schedule, self.sequence_len)
 
-    # Copied from model.py: GPTConfig.padded_vocab
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // 64) * 64
 
-    # Copied from model.py: GPTConfig.hidden
     @property
     def hidden(self) -> int:
         """Width of the MLP: 4C, or for SwiGLU, which has a matrix more, 8/3 C rounded up to a multiple of 256."""
@@ -172,13 +168,11 @@ class GPTConfig:
     def window_stages(self) -> tuple[WindowStage, ...]:
         return parse_window_schedule(self.window_schedule, self.sequence_len)
 
-    # Copied from model.py: GPTConfig.mlp_elements
     @property
     def mlp_elements(self) -> int:
         """Elements of the MLP's matrices."""
         return (2 if self.mlp == "relu2" else 3) * self.n_embd * self.hidden
 
-    # Adapted from model.py: GPTConfig.window -- by stage
     def window(self, i: int, windows: tuple[int, int]) -> int:
         """How many positions back layer i attends, besides its own; windows: the short and the long one of a stage."""
         short = self.window_pattern[i % len(self.window_pattern)] == "S" and i < self.n_layer - 1
@@ -189,18 +183,15 @@ class GPTConfig:
         longs = (stage.long for stage in self.window_stages if stage.long <= long)
         return yarn(self.n_embd // self.n_head, tuple(longs))
 
-    # Copied from model.py: GPTConfig.has_value_embedding
     def has_value_embedding(self, i: int) -> bool:
         return i % 2 == (self.n_layer - 1) % 2
 
-    # Copied from model.py: GPTConfig.layer_order
     def layer_order(self, replay: bool) -> list[int]:
         """Layers in the order in which they run, replayed ones repeated."""
         replayed = list(range(self.replay_start, self.replay_end)) * (self.replay_loops if replay else 0)
         return [*range(self.replay_end), *replayed, *range(self.replay_end, self.n_layer)]
 
 
-# Copied from model.py: check_model
 def check_model(c: GPTConfig) -> None:
     """Refuse sizes that do not go together (ValueError)."""
     sizes = {name: getattr(c, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
@@ -226,7 +217,6 @@ def check_model(c: GPTConfig) -> None:
     require(c.logit_cap > 0 and c.mtp_weight >= 0, "logit_cap must be positive, mtp_weight not negative")
 
 
-# Adapted from train.py: Config -- the track's own numbers, a schedule of windows
 @dataclass(frozen=True)
 class Config(GPTConfig, RunConfig):
     """How the model is trained. The defaults, with those of GPTConfig, are the current record."""
@@ -266,25 +256,21 @@ class Config(GPTConfig, RunConfig):
         require(last >= self.num_epochs, f"{ends}: extend --window-schedule, or lower --num-epochs")
         require(self.replay_from_epoch >= 0, f"--replay-from-epoch is {self.replay_from_epoch}: at least 0 (never)")
 
-    # Copied from train.py: Config.micro_steps
     @property
     def micro_steps(self) -> int:
         """Micro-steps of a virtual rank in an optimizer step."""
         return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
 
-    # Copied from train.py: Config.halves_batches
     @property
     def halves_batches(self) -> bool:
         """Whether the meta-gradient halves the sequences of a micro-step, as there is only one."""
         return self.meta_gradient and self.micro_steps == 1
 
-    # Copied from train.py: Config.kept_epochs
     @property
     def kept_epochs(self) -> int:
         """Last epochs whose final weights the readout needs; a moving average needs those of the last step alone."""
         return {"average": self.readout_epochs, "last": 1, "ema": 0}[self.readout]
 
-    # Copied from train.py: Config.device_rows
     @property
     def device_rows(self) -> int:
         """Sequences of a forward pass in training."""
@@ -292,7 +278,6 @@ class Config(GPTConfig, RunConfig):
         return min(self.device_batch or rows, rows)
 
 
-# Copied from train.py: check_config
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError); those that the tracks share."""
     for name in ("num_epochs", "batch_tokens", "micro_batch", "readout_epochs"):
@@ -319,7 +304,6 @@ def check_config(c: Config) -> None:
     require(0 <= c.warmdown <= 1, f"warmdown {c.warmdown} is not in [0, 1]")
 
 
-# Adapted from train.py: DEMO -- stages of windows
 DEMO = {  # --demo: every technique, at a size that two CPU cores train in about two minutes
     "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
     "window_schedule": "1-2:16,48;3-3:48,112;4-6:80,128", "replay_start": 2, "replay_end": 3, "replay_from_epoch": 4,
@@ -329,7 +313,6 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in about
 }  # fmt: skip
 
 
-# Adapted from train.py: toy_settings -- windows
 def record_sizes(settings: dict) -> dict:
     """DEMO's values beside a record's settings: its sizes. What is off there stays off."""
     windows = DEMO["window_schedule"] if ";" in settings.get("window_schedule", ";") else "1-6:64,128"
@@ -348,41 +331,34 @@ def record_sizes(settings: dict) -> dict:
 # Notation: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 
 
-# Copied from model.py: norm
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without learned gain (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-# Copied from model.py: _DROPOUT
 _DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"  # each module needs its own name
 
 
-# Copied from model.py: _dropout
 @torch.library.custom_op(_DROPOUT, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return torch.native_dropout(x, p, True)
 
 
-# Copied from model.py: _dropout_fake
 @_dropout.register_fake
 def _dropout_fake(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
 
 
-# Copied from model.py: _dropout_setup
 def _dropout_setup(ctx, inputs, output) -> None:
     ctx.p = inputs[1]
     ctx.save_for_backward(output[1])
 
 
-# Copied from model.py: _dropout_backward
 @partial(_dropout.register_autograd, setup_context=_dropout_setup)
 def _dropout_backward(ctx, grad, _):
     return grad * ctx.saved_tensors[0] * (1 / (1 - ctx.p)), None
 
 
-# Copied from model.py: dropout
 def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout (arXiv 1207.0580); the identity for p = 0.
 
@@ -408,7 +384,6 @@ def yarn(head_dim: int, long_windows: tuple[int, ...]) -> tuple[np.ndarray, floa
     return frequencies, scale
 
 
-# Adapted from model.py: rotary_tables -- the frequencies are given
 def rotary_tables(length: int, frequencies: np.ndarray, device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos, sin of the rotary embedding (arXiv 2104.09864) -> 2 x (length, 1, D / 2), float32 or wider."""
     dtype = torch.promote_types(dtype, torch.float32)
@@ -417,7 +392,6 @@ def rotary_tables(length: int, frequencies: np.ndarray, device, dtype: torch.dty
     return angles.cos(), angles.sin()
 
 
-# Copied from model.py: rotate
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """x (B, T, H, D), its halves the two coordinates of the rotated planes -> (B, T, H, D), float32 or wider."""
     cos, sin = rotary
@@ -425,7 +399,6 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
-# Adapted from model.py: attend -- a softmax scale
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, backend: str) -> Tensor:
     """Causal attention, position t sees t - window ... t: 3 x (B, T, H, D) -> (B, T, H, D).
 
@@ -451,7 +424,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, backend: 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-# Copied from model.py: exclude_own_value
 def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
     """Exclusive self-attention (arXiv 2603.09078): y loses a share of its part along the position's own value.
 
@@ -462,7 +434,6 @@ def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
     return (y - strength * along).to(y.dtype)
 
 
-# Copied from model.py: attention
 def attention(w, x: Tensor, ve: Tensor | None, rotary, *, n_head: int, exclusive: bool, **settings) -> Tensor:
     """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
     B, T, C = x.shape
@@ -478,7 +449,6 @@ def attention(w, x: Tensor, ve: Tensor | None, rotary, *, n_head: int, exclusive
     return F.linear(y.reshape(B, T, C), w["attn_proj"])
 
 
-# Copied from model.py: mlp
 def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
     """SwiGLU (arXiv 2002.05202), or without a gate squared ReLU (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
     if "gate_up" in w:
@@ -489,14 +459,12 @@ def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(hidden, w["mlp_proj"])
 
 
-# Copied from model.py: block
 def block(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, dropout_p: float, **settings) -> Tensor:
     """Attention and MLP, each on the normed stream and added to it: (B, T, C) -> (B, T, C)."""
     x = x + dropout(attention(w, norm(x), ve, rotary, **settings), dropout_p)
     return x + dropout(mlp(w, norm(x)), dropout_p)
 
 
-# Copied from model.py: layer
 def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary, *, dropped: bool, **settings):
     """A block of the trunk and the mixture before it; all streams are (B, T, C).
 
@@ -510,39 +478,32 @@ def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary
     return x if dropped else block(w, x, ve, rotary, **settings)
 
 
-# Copied from model.py: value_embedding
 def value_embedding(w: dict[str, Tensor], i: int, tokens: Tensor, x0: Tensor) -> Tensor:
     """What is added to the values of layer i, by tokens (B, T) or their embedding x0 (B, T, C) -> (B, T, C)."""
     return F.linear(x0, w[f"ve_proj.{i}"]) if f"ve_proj.{i}" in w else F.embedding(tokens, w[f"ve_table.{i}"])
 
 
-# Copied from model.py: mtp_layer
 def mtp_layer(w: dict[str, Tensor], z: Tensor, rotary, *, dropped: bool, **settings) -> Tensor:
     """The block behind the prediction of the token after next: (B, T - 1, C) -> (B, T - 1, C), normed."""
     return norm(z if dropped else block(w, z, None, rotary, **settings))
 
 
-# Copied from model.py: capped_logits
 def capped_logits(x: Tensor, lm_head: Tensor, vocab_size: int, cap: float) -> Tensor:
     """x (..., C) -> soft-capped logits (..., V), float32 or wider (arXiv 2408.00118)."""
     logits = F.linear(x, lm_head)[..., :vocab_size]
     return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
 
 
-# Copied from model.py: cross_entropy
 def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
     """x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
     logits = capped_logits(x, lm_head, vocab_size, cap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-# Copied from model.py: CHUNK
 CHUNK = 4096  # positions whose logits exist at a time in training on a GPU: enough to keep it busy
-# Copied from model.py: CHUNK_ON_CPU
 CHUNK_ON_CPU = 128  # the same on a CPU: few enough to stay in its caches
 
 
-# Copied from model.py: capped_cross_entropy
 def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
     """Loss of n positions with K targets each, and its gradient by the logits before their soft cap.
 
@@ -564,14 +525,12 @@ def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab
     return (shares * nats).sum(), (nats * (targets >= 0))[:, 0].sum(), grad
 
 
-# Copied from model.py: head_chunk
 def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
     """x (n, C), lm_head (padded V, C) -> the losses of capped_cross_entropy, their gradients by x and by lm_head."""
     loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
     return loss, first_loss, grad @ lm_head, grad.T @ x
 
 
-# Copied from model.py: HeadLoss
 class HeadLoss(torch.autograd.Function):
     """The head and the loss behind it, in chunks of positions whose gradients are made in the forward pass.
 
@@ -606,7 +565,6 @@ class HeadLoss(torch.autograd.Function):
         return x_grad * grad, lm_head_grad * grad, *(None for _ in ctx.needs_input_grad[2:])
 
 
-# Copied from model.py: draw_dropped
 def draw_dropped(config: GPTConfig, replay: bool, *seed: int) -> list[bool] | None:
     """Stochastic depth (arXiv 1603.09382): a flag per call of a block, the MTP block's last; None if it is off.
 
@@ -623,7 +581,6 @@ def draw_dropped(config: GPTConfig, replay: bool, *seed: int) -> list[bool] | No
 # ----------------------------------------------------------------------------------------------------------- parameters
 
 
-# Copied from model.py: Attention
 class Attention(nn.Module):
     """Parameters of an attention layer."""
 
@@ -637,7 +594,6 @@ class Attention(nn.Module):
         self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
 
 
-# Copied from model.py: MLP
 class MLP(nn.Module):
     """Parameters of an MLP."""
 
@@ -648,7 +604,6 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
 
 
-# Copied from model.py: Block
 class Block(nn.Module):
     """Parameters of a transformer block."""
 
@@ -673,13 +628,11 @@ class Block(nn.Module):
         return sources | {name: [(gate.weight, None)] for name, gate in gates.items() if gate is not None}
 
 
-# Copied from model.py: mix_heads
 def mix_heads(weight: Tensor, mix: Tensor | None) -> Tensor:
     """Interleaved Head Attention (arXiv 2602.21371): W_mixed[h] = sum_m mix[h, m] W[m], W[m] the D rows of head m."""
     return weight if mix is None else (mix @ weight.view(mix.size(1), -1)).view_as(weight)
 
 
-# Copied from model.py: take_gradient
 def take_gradient(total: Tensor, leaf: Tensor) -> None:
     """Add a leaf's gradient to a sum and drop it, as soon as it is there (a hook).
 
@@ -689,7 +642,6 @@ def take_gradient(total: Tensor, leaf: Tensor) -> None:
     leaf.grad = None
 
 
-# Copied from model.py: ComputeWeights
 class ComputeWeights:
     """The weights that the forward pass reads, made from the masters once per optimizer step.
 
@@ -747,11 +699,9 @@ class ComputeWeights:
 # ------------------------------------------------------------------------------------------------------------------ GPT
 
 
-# Adapted from model.py: GPT -- windows, rotary tables and softmax scale by stage
 class GPT(nn.Module):
     """Decoder-only transformer with U-Net skips, value embeddings, mixed and gated heads, layer replay and MTP."""
 
-    # Copied from model.py: GPT.__init__
     def __init__(self, config: GPTConfig, attention: str = "sdpa"):
         super().__init__()
         self.config, self.backend, L, C = config, attention, config.n_layer, config.n_embd
@@ -778,7 +728,6 @@ class GPT(nn.Module):
         self._cross_entropy, self._head_chunk = cross_entropy, head_chunk
         self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    # Copied from model.py: GPT.init_weights
     @torch.no_grad()
     def init_weights(self) -> None:
         """Fill every parameter, drawing from torch's default generator for the parameters' device."""
@@ -800,7 +749,6 @@ class GPT(nn.Module):
             else:
                 p.fill_({"resid_lambdas": 1.0, "x0_lambdas": 0.1, "skip_weights": 1.0}[kind])
 
-    # Copied from model.py: GPT.compile_layers
     def compile_layers(self) -> None:
         """Compile per layer: layers of a kind share one graph, and gradients become available during backward."""
         functions = (layer, mtp_layer, cross_entropy, head_chunk)
@@ -808,7 +756,6 @@ class GPT(nn.Module):
             torch.compile(function, dynamic=False, fullgraph=True) for function in functions
         )
 
-    # Copied from model.py: GPT.sources
     def sources(self) -> dict[str, dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]]:
         """What every compute weight is made of, by unit; see Block.sources."""
         io = {name: [(p, None)] for name, p in self.named_parameters(recurse=False)}
@@ -821,7 +768,6 @@ class GPT(nn.Module):
             units["mtp_block"] = self.mtp_block.sources()
         return units
 
-    # Copied from model.py: GPT.weights
     def weights(self) -> Weights:
         """Compute weights made on the fly: in the masters' dtype, differentiable with respect to them."""
         return {
@@ -829,7 +775,6 @@ class GPT(nn.Module):
             for unit, weights in self.sources().items()
         }
 
-    # Adapted from model.py: GPT.rotary -- by stage
     def rotary(self, length: int, long: int) -> tuple[Tensor, Tensor]:
         """The tables for `length` positions in the stages with this long window, made once per device and dtype."""
         where, T = (self.x0_lambdas.device, self.x0_lambdas.dtype), self.config.sequence_len
@@ -838,13 +783,11 @@ class GPT(nn.Module):
         cos, sin = self._rotary[long, *where]
         return cos[:length], sin[:length]
 
-    # Adapted from model.py: GPT._settings -- a softmax scale
     def _settings(self, window: int, long: int) -> dict:
         settings = {"window": window, "scale": self.config.yarn(long)[1], "exclusive": self.config.exclusive}
         settings |= {"backend": self.backend}
         return settings | {"n_head": self.config.n_head, "dropout_p": self.config.dropout if self.training else 0.0}
 
-    # Adapted from model.py: GPT.trunk -- windows by stage
     def trunk(self, w: Weights, tokens: Tensor, windows=None, replay: bool = False, dropped=None) -> Tensor:
         """tokens (B, T) int64 -> final normed stream (B, T, C).
 
@@ -869,7 +812,6 @@ class GPT(nn.Module):
                 encoded.append(x)
         return norm(x)
 
-    # Adapted from model.py: GPT.training_loss -- tables and scale by stage
     def training_loss(
         self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, windows=None, replay=False, dropped=None
     ) -> tuple[Tensor, Tensor]:
@@ -885,7 +827,6 @@ class GPT(nn.Module):
             return lm_loss, lm_loss
         return lm_loss + config.mtp_weight * self.mtp_loss(w, x, targets, dropped, windows[1]), lm_loss
 
-    # Adapted from model.py: GPT.mtp_loss -- tables and scale by stage
     def mtp_loss(self, w: Weights, x: Tensor, targets: Tensor, dropped: list[bool] | None, long: int) -> Tensor:
         """Mean loss on the token after next: final stream x (B, T, C), targets (B, T) -> (), nats per token."""
         next_embedding = norm(F.embedding(targets[:, :-1], w["io"]["wte"]))
@@ -894,7 +835,6 @@ class GPT(nn.Module):
         z = self._mtp_layer(w["mtp_block"], z, self.rotary(z.size(1), long), dropped=is_dropped, **settings)
         return self.head_loss(w, z, targets[:, 1:])
 
-    # Copied from model.py: GPT.head_loss
     def head_loss(self, w: Weights, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""
         settings = {"vocab_size": self.config.vocab_size, "cap": self.config.logit_cap}
@@ -902,14 +842,12 @@ class GPT(nn.Module):
         chunk = partial(self._head_chunk, weights=weights, **settings)
         return HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, targets.reshape(-1, 1))[0] / targets.numel()
 
-    # Copied from model.py: GPT.token_losses
     def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, **how) -> Tensor:
         """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
         w = w or self.weights()
         x = self.trunk(w, tokens, **how)
         return self._cross_entropy(x, w["io"]["lm_head"], targets, self.config.vocab_size, self.config.logit_cap)
 
-    # Copied from model.py: GPT.log_probs
     def log_probs(self, tokens: Tensor, w: Weights | None = None, **how) -> Tensor:
         """tokens (B, T) int64 -> log-probabilities of the next token (B, T, V), float32 or wider."""
         w = w or self.weights()
@@ -917,7 +855,6 @@ class GPT(nn.Module):
         return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
 
 
-# Copied from model.py: build
 def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
     """A model for a device, its parameters not filled yet: float32 or wider, embeddings of the compute dtype."""
     with torch.device("meta"):
@@ -930,7 +867,6 @@ def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels
 # --------------------------------------------------------------- on a machine: precision, attention, operations, memory
 
 
-# Copied from model.py: choose_attention
 def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
     """A backend of `attend`: varlen where it runs, else sdpa; ValueError if varlen is wanted and does not run."""
     D = config.n_embd // config.n_head
@@ -940,7 +876,6 @@ def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype
     return wanted if wanted != "auto" else "varlen" if able else "sdpa"
 
 
-# Adapted from model.py: attention_error -- windows and softmax scales of all stages
 def attention_error(config: GPTConfig, device: torch.device, backend: str) -> float:
     """Largest error of a backend in bfloat16, of its output and gradients on random q, k, v in all windows.
 
@@ -961,17 +896,14 @@ def attention_error(config: GPTConfig, device: torch.device, backend: str) -> fl
     return worst
 
 
-# Copied from train.py: KERNELS
 KERNELS = {"attention": ("sdpa", "varlen", 0.05, attention_error)}
 
 
-# Copied from train.py: choose_kernels
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
     return {"attention": choose_attention(config.attention, config, device, dtype)}
 
 
-# Copied from train.py: check_kernels
 def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
     """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
     for name, kernel in kernels.items():
@@ -985,7 +917,6 @@ def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
         require(error < limit, f"{name} {kernel} is wrong here, by {error:g}: use --{name} {fallback}, and report it")
 
 
-# Adapted from model.py: flops_per_token -- windows by stage
 def flops_per_token(config: GPTConfig, replay: bool, windows: tuple[int, int]) -> float:
     """Floating-point operations of forward and backward per token: matrix products and attention, replays counted."""
     C, T, order = config.n_embd, config.sequence_len, config.layer_order(replay)
@@ -1000,7 +931,6 @@ def flops_per_token(config: GPTConfig, replay: bool, windows: tuple[int, int]) -
     return 6 * (weights + heads * C * config.padded_vocab) + 12 * C * keys
 
 
-# Copied from train.py: memory_gib
 def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
     """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all).
 
@@ -1021,7 +951,6 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
     return total, static / 2**30, (static + positions * per_layer * layers + head) / 2**30
 
 
-# Copied from train.py: check_memory
 def check_memory(config: Config, world: World) -> float:
     """Refuse a model that cannot fit, before anything is allocated -> estimated GiB per process."""
     dtype = compute_dtype(config.dtype, world.device)
@@ -1041,7 +970,6 @@ def check_memory(config: Config, world: World) -> float:
     return needed
 
 
-# Copied from train.py: disk_gib
 def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     """GiB of (the weights that the readout keeps of an epoch, a checkpoint: weights and optimizer)."""
     model = build(config, torch.device("meta"), dtype)
@@ -1051,7 +979,6 @@ def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     return member / 2**30, sum(t.numel() * t.itemsize for t in tensors) / 2**30
 
 
-# Copied from train.py: check_disk
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
@@ -1071,11 +998,8 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
 # ======================================================================================================================
 
 
-# Copied from train.py: reduce_scatter
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-# Copied from train.py: all_gather
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# Copied from train.py: POLAR_EXPRESS
 POLAR_EXPRESS = (  # coefficients of the five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1085,7 +1009,6 @@ POLAR_EXPRESS = (  # coefficients of the five steps
 )
 
 
-# Copied from train.py: optimizer_groups
 def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor).
 
@@ -1109,7 +1032,6 @@ def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     return [group | {"moved": group["kind"] == "muon", "row_norm": config.row_norm} for group in groups]
 
 
-# Copied from train.py: polar_express
 def polar_express(x: Tensor) -> Tensor:
     """Approximately the orthogonal factor of each matrix (arXiv 2505.16932): (n, rows, cols) -> the same."""
     tall = x.size(-2) > x.size(-1)
@@ -1120,14 +1042,12 @@ def polar_express(x: Tensor) -> Tensor:
     return x
 
 
-# Copied from train.py: nesterov
 def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
     """Updates the momentum in place -> the direction that looks ahead of it."""
     momentum.copy_(mu * momentum + (1 - mu) * grad)
     return (1 - mu) * grad + mu * momentum
 
 
-# Copied from train.py: orthogonal_step
 def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
     """Moves p along u, made orthogonal and evened out over rows (or columns); cautious weight decay. In place.
 
@@ -1144,7 +1064,6 @@ def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
     p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
 
 
-# Copied from train.py: muon_update
 def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
     """A Muon step, in place: see orthogonal_step. row_norm: rows of norm 1 before it, MuonEq-R (arXiv 2603.28254)."""
     u = nesterov(grad, momentum, mu)
@@ -1153,7 +1072,6 @@ def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dt
     orthogonal_step(p, u, second, lr, weight_decay, dtype)
 
 
-# Copied from train.py: adamw_update
 def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, step) -> None:
     """An AdamW step, in place (arXiv 1711.05101): arguments (n,) or (), `step` counted from 1. It decays first."""
     exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * grad)
@@ -1162,7 +1080,6 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, s
     p.copy_(p.to(grad.dtype) * (1 - lr * weight_decay) - lr * (exp_avg / (1 - beta1**step)) / denominator)
 
 
-# Copied from train.py: Bucket
 class Bucket:
     """Parameters with a common buffer of values and one of gradients, of which each process owns an equal part.
 
@@ -1216,7 +1133,6 @@ class Bucket:
         return buffer if self.world.size > 1 else part
 
 
-# Copied from train.py: MuonAdamW
 class MuonAdamW:
     """Muon for matrices, AdamW for tables and scalars, with the state sharded over the processes.
 
@@ -1298,7 +1214,6 @@ class MuonAdamW:
                 part.copy_(whole[bucket.own])
 
 
-# Copied from train.py: build_optimizer
 def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype, compile: bool) -> MuonAdamW:
     """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it.
 
@@ -1313,7 +1228,6 @@ def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype
     return optimizer
 
 
-# Copied from train.py: update_weights
 @torch.no_grad()
 def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
     """The end of an optimizer step: the weights change and, if it is their turn, enter their moving average."""
@@ -1324,7 +1238,6 @@ def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
         average.lerp_(bucket.values[bucket.own].to(average.dtype), share)
 
 
-# Copied from train.py: add_gradient
 @torch.no_grad()
 def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, eta: float) -> None:
     """Add the gradient of a virtual rank to the parameters' .grad, with or without the meta-gradient step.
@@ -1361,7 +1274,6 @@ def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, et
 # ======================================================================================================================
 
 
-# Copied from train.py: warmdown
 def warmdown(config: Config, step: int, num_steps: int) -> float:
     """1, then falling to 0 over the last part of the run, linearly or as a square root."""
     length = round(config.warmdown * num_steps)
@@ -1369,7 +1281,6 @@ def warmdown(config: Config, step: int, num_steps: int) -> float:
     return left if config.warmdown_shape == "linear" else math.sqrt(left)
 
 
-# Copied from train.py: swa_cycle
 def swa_cycle(config: Config, step: int, num_steps: int) -> float | None:
     """Position, 0 to 1, in the epoch-long cycles of stochastic weight averaging (arXiv 1803.05407); None before."""
     epoch_steps = num_steps / config.num_epochs
@@ -1377,14 +1288,12 @@ def swa_cycle(config: Config, step: int, num_steps: int) -> float | None:
     return (step - start) / epoch_steps % 1.0 if step >= start else None
 
 
-# Copied from train.py: lr_multiplier
 def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
     """The warmdown; in the cycles, half a cosine from there to 0.05."""
     level, cycle = warmdown(config, step, num_steps), swa_cycle(config, step, num_steps)
     return level if cycle is None else 0.05 + (max(level, 0.05) - 0.05) * (1 + math.cos(math.pi * cycle)) / 2
 
 
-# Copied from train.py: weight_decay_multiplier
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
     """1 for 40% of the steps, then linear to 0.65 where the cycles begin; in each cycle linear from 0.65 to 1.5."""
     cycle = swa_cycle(config, step, num_steps)
@@ -1396,7 +1305,6 @@ def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
     return 1.0 - (1.0 - 0.65) * (step - hold) / (end - hold) if step > hold else 1.0
 
 
-# Copied from train.py: average_share
 def average_share(plan: Plan, step: int) -> float:
     """Share that the weights after a step take in their moving average, 0 if it is not their turn.
 
@@ -1407,13 +1315,11 @@ def average_share(plan: Plan, step: int) -> float:
     return (0.05 if since else 1.0) if its_turn else 0.0
 
 
-# Copied from train.py: muon_momentum
 def muon_momentum(step: int) -> float:
     """Linear from 0.85 to 0.95 over the first 300 steps."""
     return 0.85 + 0.1 * min(step / 300, 1.0)
 
 
-# Copied from train.py: Plan
 @dataclass(frozen=True)
 class Plan:
     """What follows from the config and the number of training sequences of T + 1 tokens."""
@@ -1454,7 +1360,6 @@ class Plan:
         return done if step < self.num_steps else self.config.num_epochs
 
 
-# Adapted from train.py: stage -- windows too
 def stage(plan: Plan, step: int) -> dict:
     """What switches at the ends of epochs, as keyword arguments of the model: layer replay, (short, long) windows."""
     c, epoch = plan.config, plan.epochs_done(step) + 1
@@ -1462,34 +1367,29 @@ def stage(plan: Plan, step: int) -> dict:
     return {"replay": 0 < c.replay_from_epoch <= epoch, "windows": windows}
 
 
-# Copied from train.py: stage_changes
 def stage_changes(plan: Plan) -> dict[int, str]:
     """The steps from which on other things are switched, the first included, and what the stage then is."""
     said = [", ".join(f"{k} {v}" for k, v in stage(plan, step).items()) for step in range(plan.num_steps)]
     return {step: text for step, text in enumerate(said) if step == 0 or text != said[step - 1]}
 
 
-# Copied from train.py: step_flops_per_token
 def step_flops_per_token(plan: Plan, step: int) -> float:
     """Floating-point operations of an optimizer step, per token."""
     return flops_per_token(plan.config, **stage(plan, step))
 
 
-# Copied from train.py: pass_arguments
 def pass_arguments(plan: Plan, step: int, micro_step: int) -> dict:
     """What else the model needs for the training loss: the layers that stochastic depth drops."""
     seed = plan.config.seed, step, micro_step
     return {"dropped": draw_dropped(plan.config, stage(plan, step)["replay"], *seed)}
 
 
-# Adapted from train.py: warm_up_arguments -- called with windows too
 def warm_up_arguments(config: Config, replay: bool, windows: tuple[int, int]) -> list[dict]:
     """pass_arguments that lead to other graphs: no layer is dropped, all are."""
     dropped = [None, [True] * (len(config.layer_order(replay)) + 1)]
     return [{"dropped": flags} for flags in dropped[: 1 + (config.stochastic_depth > 0)]]
 
 
-# Adapted from train.py: schedule -- the softmax scale
 def schedule(plan: Plan, step: int) -> dict[str, float]:
     """The values of all schedules at a step."""
     c, N = plan.config, plan.num_steps
@@ -1536,17 +1436,14 @@ def make_loader(plan: Plan, split: Split, virtual_ranks: range) -> Loader:
 # ======================================================================================================================
 
 
-# Copied from train.py: MIXING
 MIXING = "probability"  # how the readout mixes its members: it averages their probabilities
 
 
-# Copied from train.py: member_dtype
 def member_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
     """In which a member of the readout keeps a parameter: matrices as they compute, lambdas and mixes as they are."""
     return p.dtype if p.ndim < 2 or name.endswith("_mix") else dtype
 
 
-# Copied from train.py: load_finished
 def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeights, dict]:
     """-> (The model of a finished run, not filled; its compute weights, to refresh then; members.json)."""
     saved = json.loads((run_dir / "config.json").read_text())
@@ -1557,7 +1454,6 @@ def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeig
     return model, ComputeWeights(model, dtype, requires_grad=False), final
 
 
-# Copied from train.py: load_members
 def load_members(run_dir: str | Path, device: str | torch.device):
     """The members of a finished run's readout, loaded one at a time: yields (weight, log_probs).
 
@@ -1585,7 +1481,6 @@ def load_members(run_dir: str | Path, device: str | torch.device):
 # ======================================================================================================================
 
 
-# Copied from train.py: Trainer
 class Trainer:
     """A training run: its state, and its phases warm_up, resume and fit. What follows is finish."""
 
@@ -1913,14 +1808,12 @@ class Trainer:
         return 1 if self.checkpoint_failure else 0
 
 
-# Copied from train.py: training_state
 def training_state(trainer: Trainer) -> dict:
     """The tensors of a checkpoint; collective, of use in the main process alone."""
     state = trainer.optimizer.state_dict()
     return {"model": {name: p.detach() for name, p in trainer.model.named_parameters()}, "optimizer": state}
 
 
-# Copied from train.py: restore
 def restore(trainer: Trainer, tensors: dict) -> None:
     """Take up a training_state, which the main process has; collective."""
     for name, p in trainer.model.named_parameters() if trainer.world.is_main else ():
@@ -1929,7 +1822,6 @@ def restore(trainer: Trainer, tensors: dict) -> None:
     trainer.optimizer.load_state_dict(tensors.get("optimizer", {}))
 
 
-# Copied from train.py: check_members
 def check_members(run: RunFolder, members: list[dict]) -> None:
     """Refuse to resume where weights of the readout are not as they were saved (ValueError)."""
     for path, sha256 in ((run.path / "final" / member["file"], member["sha256"]) for member in members):
@@ -1937,7 +1829,6 @@ def check_members(run: RunFolder, members: list[dict]) -> None:
         require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
 
 
-# Copied from train.py: load_member
 def load_member(trainer: Trainer, member: dict) -> None:
     """Put a member's weights into the model, from the disk or from memory."""
     if trainer.world.is_main:
@@ -1948,20 +1839,17 @@ def load_member(trainer: Trainer, member: dict) -> None:
     trainer.weights.refresh()
 
 
-# Copied from train.py: recency_weights
 def recency_weights(members: list[dict]) -> list[float]:
     """1:2:3..., the newest heaviest; they sum to 1."""
     return [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
 
 
-# Copied from train.py: add_to_average
 def add_to_average(trainer: Trainer, weight: float) -> None:
     """Add the model's weights to an average, in the memory of the gradients, which have no other use any more."""
     for bucket in trainer.optimizer.buckets:
         bucket.grads.add_(bucket.values, alpha=weight)
 
 
-# Copied from train.py: use_average
 def use_average(trainer: Trainer) -> None:
     """Put the average into the model, and clear it."""
     for bucket in trainer.optimizer.buckets:
@@ -1970,7 +1858,6 @@ def use_average(trainer: Trainer) -> None:
     trainer.weights.refresh()
 
 
-# Copied from train.py: blend_with_average
 def blend_with_average(trainer: Trainer) -> None:
     """Make 0.7 of the last weights, which the model has, and 0.3 of their moving average the readout's only member."""
     if any(average_share(trainer.plan, step) for step in range(trainer.step)):
@@ -1982,7 +1869,6 @@ def blend_with_average(trainer: Trainer) -> None:
     trainer.keep_member("blend.safetensors", trainer.plan.epochs_done(trainer.step))
 
 
-# Copied from train.py: read_out
 def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
 
@@ -2016,7 +1902,6 @@ def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
     return scores["val"], scores.get("holdout"), final
 
 
-# Copied from train.py: save_final
 def save_final(trainer: Trainer, final: dict) -> str:
     """Complete final/, with members.json, and drop what else is there -> why it failed, empty if it did not."""
     for path in (trainer.run.path / "final").iterdir():
@@ -2027,7 +1912,6 @@ def save_final(trainer: Trainer, final: dict) -> str:
     return trainer.save_members() or try_to_write_json(trainer.run.path / "final" / "members.json", final)
 
 
-# Copied from train.py: make_result
 def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
     """What result.json says, but for eligibility."""
     c, world, seconds = trainer.config, trainer.world, trainer.clock.train_time_s
@@ -2054,7 +1938,6 @@ def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
     }  # fmt: skip
 
 
-# Copied from train.py: plan_lines
 def plan_lines(trainer: Trainer) -> dict[str, str]:
     """What the header says of steps and stages, by the words in front."""
     c = trainer.config
@@ -2065,7 +1948,6 @@ def plan_lines(trainer: Trainer) -> dict[str, str]:
     }
 
 
-# Copied from train.py: header
 def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
     """The first thing that a run prints."""
     c, world, splits = trainer.config, trainer.world, trainer.splits
@@ -2090,7 +1972,6 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, di
     return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
 
 
-# Copied from train.py: final_block
 def final_block(result: dict, folder: Path) -> str:
     """The last thing that a run prints."""
     bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
@@ -2113,7 +1994,6 @@ def final_block(result: dict, folder: Path) -> str:
     return "\n".join(["=" * 100, *lines, "=" * 100])
 
 
-# Copied from train.py: finish
 def finish(trainer: Trainer) -> int:
     """Read out, print the final block, write result.json, clean up -> the exit code."""
     found = read_out(trainer)
@@ -2140,7 +2020,6 @@ def finish(trainer: Trainer) -> int:
     return 0
 
 
-# Copied from train.py: set_up
 def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
     """From the command line to a trainer, and whether it resumes; what can be refused is refused here (ValueError).
 
@@ -2190,7 +2069,6 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
     return trainer, resume is not None
 
 
-# Copied from train.py: main
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 finished, or stopped by a signal and saved; 1 failed; 2 refused."""
     trainer, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

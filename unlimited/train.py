@@ -94,7 +94,6 @@ TRACK = "unlimited"
 Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
 
 
-# Copied from model.py: require
 def require(ok: bool, message: str) -> None:
     """For what a user can get wrong."""
     if not ok:
@@ -106,7 +105,6 @@ def require(ok: bool, message: str) -> None:
 # ======================================================================================================================
 
 
-# Adapted from model.py: GPTConfig -- the track's own numbers
 @dataclass(frozen=True)
 class GPTConfig:
     """What a model of the ensemble is. The defaults are those of the current record, 1.9B parameters."""
@@ -132,45 +130,37 @@ class GPTConfig:
     exclusive: bool = False  # exclusive self-attention
     proj_init: Literal["normal", "zero"] = "normal"  # how every c_proj starts
 
-    # Copied from model.py: GPTConfig.__post_init__
     def __post_init__(self):
         check_model(self)
 
-    # Copied from model.py: GPTConfig.padded_vocab
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // 64) * 64
 
-    # Copied from model.py: GPTConfig.hidden
     @property
     def hidden(self) -> int:
         """Width of the MLP: 4C, or for SwiGLU, which has a matrix more, 8/3 C rounded up to a multiple of 256."""
         return 4 * self.n_embd if self.mlp == "relu2" else -(-(8 * self.n_embd // 3) // 256) * 256
 
-    # Copied from model.py: GPTConfig.mlp_elements
     @property
     def mlp_elements(self) -> int:
         """Elements of the MLP's matrices."""
         return (2 if self.mlp == "relu2" else 3) * self.n_embd * self.hidden
 
-    # Copied from model.py: GPTConfig.window
     def window(self, i: int) -> int:
         """How many positions back layer i attends, besides its own."""
         short = self.window_pattern[i % len(self.window_pattern)] == "S" and i < self.n_layer - 1
         return self.sequence_len // 2 if short else self.sequence_len
 
-    # Copied from model.py: GPTConfig.has_value_embedding
     def has_value_embedding(self, i: int) -> bool:
         return i % 2 == (self.n_layer - 1) % 2
 
-    # Copied from model.py: GPTConfig.layer_order
     def layer_order(self, replay: bool) -> list[int]:
         """Layers in the order in which they run, replayed ones repeated."""
         replayed = list(range(self.replay_start, self.replay_end)) * (self.replay_loops if replay else 0)
         return [*range(self.replay_end), *replayed, *range(self.replay_end, self.n_layer)]
 
 
-# Copied from model.py: check_model
 def check_model(c: GPTConfig) -> None:
     """Refuse sizes that do not go together (ValueError)."""
     sizes = {name: getattr(c, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
@@ -196,7 +186,6 @@ def check_model(c: GPTConfig) -> None:
     require(c.logit_cap > 0 and c.mtp_weight >= 0, "logit_cap must be positive, mtp_weight not negative")
 
 
-# Adapted from train.py: Config -- chains of snapshots instead of epochs and a time cap
 @dataclass(frozen=True)
 class Config(GPTConfig, RunConfig):
     """How the ensemble is trained. The defaults, with those of GPTConfig, are the current record."""
@@ -251,19 +240,16 @@ class Config(GPTConfig, RunConfig):
         RunConfig.__post_init__(self)
         check_config(self)
 
-    # Copied from train.py: Config.micro_steps
     @property
     def micro_steps(self) -> int:
         """Micro-steps of a virtual rank in an optimizer step."""
         return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
 
-    # Copied from train.py: Config.halves_batches
     @property
     def halves_batches(self) -> bool:
         """Whether the meta-gradient halves the sequences of a micro-step, as there is only one."""
         return self.meta_gradient and self.micro_steps == 1
 
-    # Copied from train.py: Config.device_rows
     @property
     def device_rows(self) -> int:
         """Sequences of a forward pass in training."""
@@ -275,7 +261,6 @@ class Config(GPTConfig, RunConfig):
         return dataclasses.replace(self, seed=self.seed + chain)
 
 
-# Adapted from train.py: check_config -- chains of cycles, batches of two sizes
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError)."""
     positive = ["chains", "cycles", "cycle_epochs", "batch_tokens", "outer_batch_tokens", "micro_batch"]
@@ -317,7 +302,6 @@ def check_config(c: Config) -> None:
     require(not c.leave_out_first or c.cycles > 1, "--leave-out-first leaves nothing of a single cycle: raise --cycles")
 
 
-# Adapted from train.py: DEMO -- an ensemble
 DEMO = {  # --demo: every technique, at a size that two CPU cores train in less than three minutes
     "data_dir": "demo_data", "vocab_size": 257, "sequence_len": 128, "n_layer": 4, "n_head": 2, "n_embd": 64,
     "replay_start": 2, "replay_end": 3, "replay_loops": 1, "chains": 2, "cycles": 3, "cycle_epochs": 1,
@@ -330,7 +314,6 @@ MAY_CHANGE = RESUME_MAY_CHANGE | {  # how chains are spread, and how members are
 }  # fmt: skip
 
 
-# Adapted from train.py: toy_settings -- chains and cycles
 def record_sizes(settings: dict) -> dict:
     """DEMO's values beside a record's settings: its sizes. There are no more chains and cycles than the record has."""
     toy = DEMO | {"first_cycle_epochs": 0}
@@ -352,41 +335,34 @@ def record_sizes(settings: dict) -> dict:
 # Notation: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
 
 
-# Copied from model.py: norm
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without learned gain (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-# Copied from model.py: _DROPOUT
 _DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"  # each module needs its own name
 
 
-# Copied from model.py: _dropout
 @torch.library.custom_op(_DROPOUT, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return torch.native_dropout(x, p, True)
 
 
-# Copied from model.py: _dropout_fake
 @_dropout.register_fake
 def _dropout_fake(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
 
 
-# Copied from model.py: _dropout_setup
 def _dropout_setup(ctx, inputs, output) -> None:
     ctx.p = inputs[1]
     ctx.save_for_backward(output[1])
 
 
-# Copied from model.py: _dropout_backward
 @partial(_dropout.register_autograd, setup_context=_dropout_setup)
 def _dropout_backward(ctx, grad, _):
     return grad * ctx.saved_tensors[0] * (1 / (1 - ctx.p)), None
 
 
-# Copied from model.py: dropout
 def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout (arXiv 1207.0580); the identity for p = 0.
 
@@ -396,7 +372,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return _dropout(x, p)[0] if p else x
 
 
-# Copied from model.py: rotary_tables
 def rotary_tables(length: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos, sin of the rotary embedding, base 10000 (arXiv 2104.09864) -> 2 x (length, 1, D / 2), float32 or wider."""
     dtype = torch.promote_types(dtype, torch.float32)
@@ -405,7 +380,6 @@ def rotary_tables(length: int, head_dim: int, device: torch.device, dtype: torch
     return angles.cos(), angles.sin()
 
 
-# Copied from model.py: rotate
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """x (B, T, H, D), its halves the two coordinates of the rotated planes -> (B, T, H, D), float32 or wider."""
     cos, sin = rotary
@@ -413,7 +387,6 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
-# Copied from model.py: attend
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
     """Causal attention, scale 1 / sqrt(D), position t sees t - window ... t: 3 x (B, T, H, D) -> (B, T, H, D).
 
@@ -439,7 +412,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-# Copied from model.py: exclude_own_value
 def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
     """Exclusive self-attention (arXiv 2603.09078): y loses a share of its part along the position's own value.
 
@@ -450,7 +422,6 @@ def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
     return (y - strength * along).to(y.dtype)
 
 
-# Copied from model.py: attention
 def attention(w, x: Tensor, ve: Tensor | None, rotary, *, n_head: int, exclusive: bool, **settings) -> Tensor:
     """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
     B, T, C = x.shape
@@ -466,7 +437,6 @@ def attention(w, x: Tensor, ve: Tensor | None, rotary, *, n_head: int, exclusive
     return F.linear(y.reshape(B, T, C), w["attn_proj"])
 
 
-# Copied from model.py: mlp
 def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
     """SwiGLU (arXiv 2002.05202), or without a gate squared ReLU (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
     if "gate_up" in w:
@@ -477,14 +447,12 @@ def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(hidden, w["mlp_proj"])
 
 
-# Copied from model.py: block
 def block(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, dropout_p: float, **settings) -> Tensor:
     """Attention and MLP, each on the normed stream and added to it: (B, T, C) -> (B, T, C)."""
     x = x + dropout(attention(w, norm(x), ve, rotary, **settings), dropout_p)
     return x + dropout(mlp(w, norm(x)), dropout_p)
 
 
-# Copied from model.py: layer
 def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary, *, dropped: bool, **settings):
     """A block of the trunk and the mixture before it; all streams are (B, T, C).
 
@@ -498,39 +466,32 @@ def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary
     return x if dropped else block(w, x, ve, rotary, **settings)
 
 
-# Copied from model.py: value_embedding
 def value_embedding(w: dict[str, Tensor], i: int, tokens: Tensor, x0: Tensor) -> Tensor:
     """What is added to the values of layer i, by tokens (B, T) or their embedding x0 (B, T, C) -> (B, T, C)."""
     return F.linear(x0, w[f"ve_proj.{i}"]) if f"ve_proj.{i}" in w else F.embedding(tokens, w[f"ve_table.{i}"])
 
 
-# Copied from model.py: mtp_layer
 def mtp_layer(w: dict[str, Tensor], z: Tensor, rotary, *, dropped: bool, **settings) -> Tensor:
     """The block behind the prediction of the token after next: (B, T - 1, C) -> (B, T - 1, C), normed."""
     return norm(z if dropped else block(w, z, None, rotary, **settings))
 
 
-# Copied from model.py: capped_logits
 def capped_logits(x: Tensor, lm_head: Tensor, vocab_size: int, cap: float) -> Tensor:
     """x (..., C) -> soft-capped logits (..., V), float32 or wider (arXiv 2408.00118)."""
     logits = F.linear(x, lm_head)[..., :vocab_size]
     return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
 
 
-# Copied from model.py: cross_entropy
 def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
     """x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
     logits = capped_logits(x, lm_head, vocab_size, cap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-# Copied from model.py: CHUNK
 CHUNK = 4096  # positions whose logits exist at a time in training on a GPU: enough to keep it busy
-# Copied from model.py: CHUNK_ON_CPU
 CHUNK_ON_CPU = 128  # the same on a CPU: few enough to stay in its caches
 
 
-# Copied from model.py: capped_cross_entropy
 def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
     """Loss of n positions with K targets each, and its gradient by the logits before their soft cap.
 
@@ -552,7 +513,6 @@ def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab
     return (shares * nats).sum(), (nats * (targets >= 0))[:, 0].sum(), grad
 
 
-# Copied from model.py: head_chunk
 def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
     """x (n, C), lm_head (padded V, C) -> the losses of capped_cross_entropy, their gradients by x and by lm_head."""
     loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
@@ -597,7 +557,6 @@ def taught_head_chunk(
     return loss, nats, grad @ lm_head, grad.T @ x
 
 
-# Copied from model.py: HeadLoss
 class HeadLoss(torch.autograd.Function):
     """The head and the loss behind it, in chunks of positions whose gradients are made in the forward pass.
 
@@ -632,7 +591,6 @@ class HeadLoss(torch.autograd.Function):
         return x_grad * grad, lm_head_grad * grad, *(None for _ in ctx.needs_input_grad[2:])
 
 
-# Copied from model.py: draw_dropped
 def draw_dropped(config: GPTConfig, replay: bool, *seed: int) -> list[bool] | None:
     """Stochastic depth (arXiv 1603.09382): a flag per call of a block, the MTP block's last; None if it is off.
 
@@ -649,7 +607,6 @@ def draw_dropped(config: GPTConfig, replay: bool, *seed: int) -> list[bool] | No
 # ----------------------------------------------------------------------------------------------------------- parameters
 
 
-# Copied from model.py: Attention
 class Attention(nn.Module):
     """Parameters of an attention layer."""
 
@@ -663,7 +620,6 @@ class Attention(nn.Module):
         self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
 
 
-# Copied from model.py: MLP
 class MLP(nn.Module):
     """Parameters of an MLP."""
 
@@ -674,7 +630,6 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
 
 
-# Copied from model.py: Block
 class Block(nn.Module):
     """Parameters of a transformer block."""
 
@@ -699,13 +654,11 @@ class Block(nn.Module):
         return sources | {name: [(gate.weight, None)] for name, gate in gates.items() if gate is not None}
 
 
-# Copied from model.py: mix_heads
 def mix_heads(weight: Tensor, mix: Tensor | None) -> Tensor:
     """Interleaved Head Attention (arXiv 2602.21371): W_mixed[h] = sum_m mix[h, m] W[m], W[m] the D rows of head m."""
     return weight if mix is None else (mix @ weight.view(mix.size(1), -1)).view_as(weight)
 
 
-# Copied from model.py: take_gradient
 def take_gradient(total: Tensor, leaf: Tensor) -> None:
     """Add a leaf's gradient to a sum and drop it, as soon as it is there (a hook).
 
@@ -715,7 +668,6 @@ def take_gradient(total: Tensor, leaf: Tensor) -> None:
     leaf.grad = None
 
 
-# Copied from model.py: ComputeWeights
 class ComputeWeights:
     """The weights that the forward pass reads, made from the masters once per optimizer step.
 
@@ -788,11 +740,9 @@ def snapshot_weights(model: GPT, snapshot: dict[str, Tensor], dtype: torch.dtype
 # ------------------------------------------------------------------------------------------------------------------ GPT
 
 
-# Adapted from model.py: GPT -- a teacher
 class GPT(nn.Module):
     """Decoder-only transformer with U-Net skips, value embeddings, mixed and gated heads, layer replay and MTP."""
 
-    # Copied from model.py: GPT.__init__
     def __init__(self, config: GPTConfig, attention: str = "sdpa"):
         super().__init__()
         self.config, self.backend, L, C = config, attention, config.n_layer, config.n_embd
@@ -819,7 +769,6 @@ class GPT(nn.Module):
         self._cross_entropy, self._head_chunk = cross_entropy, head_chunk
         self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    # Copied from model.py: GPT.init_weights
     @torch.no_grad()
     def init_weights(self) -> None:
         """Fill every parameter, drawing from torch's default generator for the parameters' device."""
@@ -843,7 +792,6 @@ class GPT(nn.Module):
 
     _taught_head_chunk = staticmethod(taught_head_chunk)
 
-    # Adapted from model.py: GPT.compile_layers -- the head with a teacher too
     def compile_layers(self) -> None:
         """Compile per layer: layers of a kind share one graph, and gradients become available during backward."""
         functions = (layer, mtp_layer, cross_entropy, head_chunk, taught_head_chunk)
@@ -851,7 +799,6 @@ class GPT(nn.Module):
             torch.compile(function, dynamic=False, fullgraph=True) for function in functions
         )
 
-    # Copied from model.py: GPT.sources
     def sources(self) -> dict[str, dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]]:
         """What every compute weight is made of, by unit; see Block.sources."""
         io = {name: [(p, None)] for name, p in self.named_parameters(recurse=False)}
@@ -864,7 +811,6 @@ class GPT(nn.Module):
             units["mtp_block"] = self.mtp_block.sources()
         return units
 
-    # Copied from model.py: GPT.weights
     def weights(self) -> Weights:
         """Compute weights made on the fly: in the masters' dtype, differentiable with respect to them."""
         return {
@@ -872,7 +818,6 @@ class GPT(nn.Module):
             for unit, weights in self.sources().items()
         }
 
-    # Copied from model.py: GPT.rotary
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """The tables for `length` positions, made once per device and dtype."""
         where, config = (self.x0_lambdas.device, self.x0_lambdas.dtype), self.config
@@ -881,12 +826,10 @@ class GPT(nn.Module):
         cos, sin = self._rotary[where]
         return cos[:length], sin[:length]
 
-    # Copied from model.py: GPT._settings
     def _settings(self, window: int) -> dict:
         settings = {"window": window, "exclusive": self.config.exclusive, "backend": self.backend}
         return settings | {"n_head": self.config.n_head, "dropout_p": self.config.dropout if self.training else 0.0}
 
-    # Copied from model.py: GPT.trunk
     def trunk(self, w: Weights, tokens: Tensor, replay: bool = False, dropped: list[bool] | None = None) -> Tensor:
         """tokens (B, T) int64 -> final normed stream (B, T, C). dropped: a flag per layer call, see draw_dropped."""
         config, io, E = self.config, w["io"], self.config.n_layer // 2
@@ -907,7 +850,6 @@ class GPT(nn.Module):
                 encoded.append(x)
         return norm(x)
 
-    # Adapted from model.py: GPT.training_loss -- a teacher
     def training_loss(
         self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, replay=False, dropped=None, teacher=None
     ) -> tuple[Tensor, Tensor]:
@@ -928,7 +870,6 @@ class GPT(nn.Module):
             return loss, lm_loss
         return loss + own_share * config.mtp_weight * self.mtp_loss(w, x, targets, dropped), lm_loss
 
-    # Copied from model.py: GPT.mtp_loss
     def mtp_loss(self, w: Weights, x: Tensor, targets: Tensor, dropped: list[bool] | None) -> Tensor:
         """Mean loss on the token after next: final stream x (B, T, C), targets (B, T) -> (), nats per token."""
         next_embedding = norm(F.embedding(targets[:, :-1], w["io"]["wte"]))
@@ -956,7 +897,6 @@ class GPT(nn.Module):
         losses = HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, *positions)
         return tuple(loss / targets.numel() for loss in losses)
 
-    # Copied from model.py: GPT.head_loss
     def head_loss(self, w: Weights, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""
         settings = {"vocab_size": self.config.vocab_size, "cap": self.config.logit_cap}
@@ -964,14 +904,12 @@ class GPT(nn.Module):
         chunk = partial(self._head_chunk, weights=weights, **settings)
         return HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, targets.reshape(-1, 1))[0] / targets.numel()
 
-    # Copied from model.py: GPT.token_losses
     def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, **how) -> Tensor:
         """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
         w = w or self.weights()
         x = self.trunk(w, tokens, **how)
         return self._cross_entropy(x, w["io"]["lm_head"], targets, self.config.vocab_size, self.config.logit_cap)
 
-    # Copied from model.py: GPT.log_probs
     def log_probs(self, tokens: Tensor, w: Weights | None = None, **how) -> Tensor:
         """tokens (B, T) int64 -> log-probabilities of the next token (B, T, V), float32 or wider."""
         w = w or self.weights()
@@ -979,7 +917,6 @@ class GPT(nn.Module):
         return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
 
 
-# Copied from model.py: build
 def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
     """A model for a device, its parameters not filled yet: float32 or wider, embeddings of the compute dtype."""
     with torch.device("meta"):
@@ -992,7 +929,6 @@ def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels
 # --------------------------------------------------------------- on a machine: precision, attention, operations, memory
 
 
-# Copied from model.py: choose_attention
 def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
     """A backend of `attend`: varlen where it runs, else sdpa; ValueError if varlen is wanted and does not run."""
     D = config.n_embd // config.n_head
@@ -1002,7 +938,6 @@ def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype
     return wanted if wanted != "auto" else "varlen" if able else "sdpa"
 
 
-# Copied from model.py: attention_error
 def attention_error(config: GPTConfig, device: torch.device, backend: str) -> float:
     """Largest error of a backend in bfloat16, of its output and gradients on random q, k, v in the model's windows.
 
@@ -1022,17 +957,14 @@ def attention_error(config: GPTConfig, device: torch.device, backend: str) -> fl
     return worst
 
 
-# Copied from train.py: KERNELS
 KERNELS = {"attention": ("sdpa", "varlen", 0.05, attention_error)}
 
 
-# Copied from train.py: choose_kernels
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
     return {"attention": choose_attention(config.attention, config, device, dtype)}
 
 
-# Copied from train.py: check_kernels
 def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
     """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
     for name, kernel in kernels.items():
@@ -1046,7 +978,6 @@ def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
         require(error < limit, f"{name} {kernel} is wrong here, by {error:g}: use --{name} {fallback}, and report it")
 
 
-# Copied from model.py: flops_per_token
 def flops_per_token(config: GPTConfig, replay: bool) -> float:
     """Floating-point operations of forward and backward per token: matrix products and attention, replays counted."""
     C, T, order = config.n_embd, config.sequence_len, config.layer_order(replay)
@@ -1060,7 +991,6 @@ def flops_per_token(config: GPTConfig, replay: bool) -> float:
     return 6 * (weights + heads * C * config.padded_vocab) + 12 * C * keys
 
 
-# Adapted from train.py: memory_gib -- a teacher
 def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
     """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all).
 
@@ -1081,7 +1011,6 @@ def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int
     return total, static / 2**30, (static + positions * per_layer * layers + head) / 2**30
 
 
-# Copied from train.py: check_memory
 def check_memory(config: Config, world: World) -> float:
     """Refuse a model that cannot fit, before anything is allocated -> estimated GiB per process."""
     dtype = compute_dtype(config.dtype, world.device)
@@ -1101,7 +1030,6 @@ def check_memory(config: Config, world: World) -> float:
     return needed
 
 
-# Copied from train.py: disk_gib
 def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     """GiB of (the weights that the readout keeps of an epoch, a checkpoint: weights and optimizer)."""
     model = build(config, torch.device("meta"), dtype)
@@ -1111,7 +1039,6 @@ def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     return member / 2**30, sum(t.numel() * t.itemsize for t in tensors) / 2**30
 
 
-# Adapted from train.py: check_disk -- snapshots of all chains
 def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, targets: int) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says.
 
@@ -1142,11 +1069,8 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, t
 # ======================================================================================================================
 
 
-# Copied from train.py: reduce_scatter
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-# Copied from train.py: all_gather
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# Copied from train.py: POLAR_EXPRESS
 POLAR_EXPRESS = (  # coefficients of the five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1156,7 +1080,6 @@ POLAR_EXPRESS = (  # coefficients of the five steps
 )
 
 
-# Copied from train.py: optimizer_groups
 def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor).
 
@@ -1180,7 +1103,6 @@ def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
     return [group | {"moved": group["kind"] == "muon", "row_norm": config.row_norm} for group in groups]
 
 
-# Copied from train.py: polar_express
 def polar_express(x: Tensor) -> Tensor:
     """Approximately the orthogonal factor of each matrix (arXiv 2505.16932): (n, rows, cols) -> the same."""
     tall = x.size(-2) > x.size(-1)
@@ -1191,14 +1113,12 @@ def polar_express(x: Tensor) -> Tensor:
     return x
 
 
-# Copied from train.py: nesterov
 def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
     """Updates the momentum in place -> the direction that looks ahead of it."""
     momentum.copy_(mu * momentum + (1 - mu) * grad)
     return (1 - mu) * grad + mu * momentum
 
 
-# Copied from train.py: orthogonal_step
 def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
     """Moves p along u, made orthogonal and evened out over rows (or columns); cautious weight decay. In place.
 
@@ -1215,7 +1135,6 @@ def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
     p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
 
 
-# Copied from train.py: muon_update
 def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
     """A Muon step, in place: see orthogonal_step. row_norm: rows of norm 1 before it, MuonEq-R (arXiv 2603.28254)."""
     u = nesterov(grad, momentum, mu)
@@ -1224,7 +1143,6 @@ def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dt
     orthogonal_step(p, u, second, lr, weight_decay, dtype)
 
 
-# Copied from train.py: adamw_update
 def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, step) -> None:
     """An AdamW step, in place (arXiv 1711.05101): arguments (n,) or (), `step` counted from 1. It decays first."""
     exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * grad)
@@ -1233,7 +1151,6 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, s
     p.copy_(p.to(grad.dtype) * (1 - lr * weight_decay) - lr * (exp_avg / (1 - beta1**step)) / denominator)
 
 
-# Copied from train.py: Bucket
 class Bucket:
     """Parameters with a common buffer of values and one of gradients, of which each process owns an equal part.
 
@@ -1287,7 +1204,6 @@ class Bucket:
         return buffer if self.world.size > 1 else part
 
 
-# Adapted from train.py: MuonAdamW -- gradients are clipped
 class MuonAdamW:
     """Muon for matrices, AdamW for tables and scalars, with the state sharded over the processes.
 
@@ -1298,7 +1214,6 @@ class MuonAdamW:
 
     max_norm = 0.0  # of the gradient of all parameters (0: it is not clipped)
 
-    # Copied from train.py: MuonAdamW.__init__
     def __init__(self, model: GPT, groups: list[dict], world: World, dtype: torch.dtype, compile: bool = False):
         params = dict(model.named_parameters())
         assert sorted(n for g in groups for n in g["params"]) == sorted(params), "each parameter must be in one group"
@@ -1313,7 +1228,6 @@ class MuonAdamW:
         self.world, self.dtype, self.steps = world, dtype, 0
         self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
 
-    # Adapted from train.py: MuonAdamW.step -- gradients are clipped
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, mu: float, alone: bool = False) -> None:
         """Update the parameters from their gradients, and clear these. lr and weight_decay multiply the table's.
@@ -1349,18 +1263,15 @@ class MuonAdamW:
             gather.wait()
         self.zero_grad()
 
-    # Copied from train.py: MuonAdamW.zero_grad
     def zero_grad(self) -> None:
         for bucket in self.buckets:
             bucket.grads.zero_()
 
-    # Copied from train.py: MuonAdamW.broadcast_values
     def broadcast_values(self) -> None:
         """Give all processes the parameters of the main one; collective."""
         for bucket in self.buckets:
             self.world.broadcast(bucket.values)
 
-    # Copied from train.py: MuonAdamW.state_dict
     def state_dict(self) -> dict:
         """The whole state by parameter, on the CPU, whatever the number of processes; collective, empty but in main."""
         state: dict[str, dict[str, Tensor]] = {}
@@ -1371,7 +1282,6 @@ class MuonAdamW:
                     state.setdefault(name, {})[key] = bucket.view(whole, name).to("cpu", copy=True)
         return {"steps": self.steps, "state": state} if self.world.is_main else {}
 
-    # Copied from train.py: MuonAdamW.load_state_dict
     def load_state_dict(self, saved: dict) -> None:
         """Take up a state_dict of the main process, written by any number of processes; collective."""
         self.steps = self.world.on_main(lambda: saved["steps"])
@@ -1384,7 +1294,6 @@ class MuonAdamW:
                 part.copy_(whole[bucket.own])
 
 
-# Adapted from train.py: build_optimizer -- gradients are clipped
 def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype, compile: bool) -> MuonAdamW:
     """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it."""
     groups = optimizer_groups(config, [name for name, _ in model.named_parameters()])
@@ -1395,7 +1304,6 @@ def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype
     return optimizer
 
 
-# Adapted from train.py: update_weights -- no average of the weights
 @torch.no_grad()
 def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
     """The end of an optimizer step."""
@@ -1403,7 +1311,6 @@ def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
     optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
 
 
-# Copied from train.py: add_gradient
 @torch.no_grad()
 def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, eta: float) -> None:
     """Add the gradient of a virtual rank to the parameters' .grad, with or without the meta-gradient step.
@@ -1440,14 +1347,12 @@ def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, et
 # ======================================================================================================================
 
 
-# Adapted from train.py: lr_multiplier -- linear in a cycle
 def lr_multiplier(config: Config, position: float) -> float:
     """1, then falling linearly to lr_low over the last part of a cycle; position in the cycle, from 0 to 1."""
     fallen = max(0.0, position - (1 - config.warmdown)) / config.warmdown if config.warmdown else 0.0
     return 1.0 - (1.0 - config.lr_low) * fallen
 
 
-# Adapted from train.py: weight_decay_multiplier -- against the learning rate
 def weight_decay_multiplier(config: Config, position: float) -> float:
     """From decay_low to 1 as the learning rate falls from 1 to lr_low."""
     fallen = (1.0 - lr_multiplier(config, position)) / (1.0 - config.lr_low)
@@ -1461,7 +1366,6 @@ def perturbation_scale(config: Config, cycle: int) -> float:
     return config.perturb_last + (config.perturb_first - config.perturb_last) * (1 + math.cos(math.pi * part)) / 2
 
 
-# Adapted from train.py: Plan -- cycles of steps, of two batch sizes
 @dataclass(frozen=True)
 class Plan:
     """What follows for a chain from the config and the number of training sequences of T + 1 tokens."""
@@ -1478,7 +1382,6 @@ class Plan:
             f"needs {needed}: use more data, or lower --batch-tokens and --outer-batch-tokens or --sequence-len",
         )
 
-    # Copied from train.py: Plan.epoch_micro_steps
     @property
     def epoch_micro_steps(self) -> int:
         """Micro-steps in an epoch; what does not fill one, of all virtual ranks, is left out."""
@@ -1526,38 +1429,32 @@ class Plan:
         """Whether the last snapshot teaches in this step."""
         return 0 < self.config.teach_after <= self.cycle(step) and step < self.num_steps
 
-    # Adapted from train.py: Plan.first_micro_step -- batches of two sizes
     def first_micro_step(self, step: int) -> int:
         """Micro-steps, counted over all epochs, that are done after `step` optimizer steps."""
         cycle, c = self.cycle(step), self.config
         per_step = self.batch_tokens(cycle) // (VIRTUAL_RANKS * c.micro_batch * c.sequence_len)
         return self.first_micro_steps[cycle] + (step - self.first_steps[cycle]) * per_step
 
-    # Copied from train.py: Plan.tokens_done
     def tokens_done(self, step: int) -> int:
         """Tokens that are trained on after `step` optimizer steps."""
         return self.first_micro_step(step) * VIRTUAL_RANKS * self.config.micro_batch * self.config.sequence_len
 
-    # Adapted from train.py: Plan.epochs_done -- cycles
     def epochs_done(self, step: int) -> int:
         """Cycles that are done after `step` optimizer steps: they end where on the other tracks epochs do."""
         return bisect_right(self.first_steps, step) - 1
 
 
-# Adapted from train.py: stage -- by the position in the cycle
 def stage(plan: Plan, step: int) -> dict:
     """What switches, as keyword arguments of the model: layer replay."""
     return {"replay": plan.config.replay_from <= plan.position(step) and plan.config.replay_from < 1}
 
 
-# Copied from train.py: stage_changes
 def stage_changes(plan: Plan) -> dict[int, str]:
     """The steps from which on other things are switched, the first included, and what the stage then is."""
     said = [", ".join(f"{k} {v}" for k, v in stage(plan, step).items()) for step in range(plan.num_steps)]
     return {step: text for step, text in enumerate(said) if step == 0 or text != said[step - 1]}
 
 
-# Adapted from train.py: step_flops_per_token -- a teacher, which only predicts
 def step_flops_per_token(plan: Plan, step: int) -> float:
     """Floating-point operations of an optimizer step, per token."""
     return flops_with_teacher(plan.config, stage(plan, step)["replay"], plan.taught(step))
@@ -1570,14 +1467,12 @@ def flops_with_teacher(config: Config, replay: bool, taught: bool) -> float:
     return flops_per_token(config, replay) + teacher * taught
 
 
-# Adapted from train.py: pass_arguments -- a teacher
 def pass_arguments(plan: Plan, step: int, micro_step: int) -> dict:
     """What else the training loss needs: the layers that stochastic depth drops, whether there is a teacher."""
     seed = plan.config.seed, step, micro_step
     return {"dropped": draw_dropped(plan.config, stage(plan, step)["replay"], *seed), "taught": plan.taught(step)}
 
 
-# Adapted from train.py: warm_up_arguments -- a teacher
 def warm_up_arguments(config: Config, replay: bool) -> list[dict]:
     """pass_arguments that lead to other graphs: no layer is dropped or all are, without and with a teacher."""
     dropped = [None, [True] * (len(config.layer_order(replay)) + 1)][: 1 + (config.stochastic_depth > 0)]
@@ -1585,7 +1480,6 @@ def warm_up_arguments(config: Config, replay: bool) -> list[dict]:
     return [{"dropped": flags, "taught": flag} for flags in dropped for flag in taught]
 
 
-# Adapted from train.py: schedule -- by the position in the cycle
 def schedule(plan: Plan, step: int) -> dict[str, float]:
     """The values of all schedules at a step."""
     c, position = plan.config, plan.position(step)
@@ -1652,11 +1546,9 @@ def split_fitness(shard: Split, config: Config) -> tuple[Split, Split]:
 # ======================================================================================================================
 
 
-# Copied from train.py: MIXING
 MIXING = "probability"  # how the readout mixes its members: it averages their probabilities
 
 
-# Copied from train.py: member_dtype
 def member_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
     """In which a member of the readout keeps a parameter: matrices as they compute, lambdas and mixes as they are."""
     return p.dtype if p.ndim < 2 or name.endswith("_mix") else dtype
@@ -1698,7 +1590,6 @@ def mixtures(weights: Tensor, sizes: tuple[int, ...] = READOUT_SIZES) -> dict[in
     return found
 
 
-# Copied from train.py: load_finished
 def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeights, dict]:
     """-> (The model of a finished run, not filled; its compute weights, to refresh then; members.json)."""
     saved = json.loads((run_dir / "config.json").read_text())
@@ -1709,7 +1600,6 @@ def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeig
     return model, ComputeWeights(model, dtype, requires_grad=False), final
 
 
-# Adapted from train.py: load_members -- a snapshot has its losses beside it
 def load_members(run_dir: str | Path, device: str | torch.device):
     """The members of a finished run's readout, loaded one at a time: yields (weight, log_probs).
 
@@ -1783,7 +1673,6 @@ def draw_ensemble(folder: Path, members: list[dict], weights: Tensor, losses: di
 # ======================================================================================================================
 
 
-# Copied from train.py: Trainer
 class Trainer:
     """A training run: its state, and its phases warm_up, resume and fit. What follows is finish."""
 
@@ -2111,7 +2000,6 @@ class Trainer:
         return 1 if self.checkpoint_failure else 0
 
 
-# Adapted from train.py: training_state -- the teacher too
 def training_state(trainer: Chain) -> dict:
     """The tensors of a checkpoint; collective, of use in the main process alone."""
     state = trainer.optimizer.state_dict()
@@ -2119,7 +2007,6 @@ def training_state(trainer: Chain) -> dict:
     return {"model": model, "optimizer": state, "teacher": trainer.snapshot}
 
 
-# Adapted from train.py: restore -- the teacher too
 def restore(trainer: Chain, tensors: dict) -> None:
     """Take up a training_state, which the main process has; collective."""
     world, teacher = trainer.world, tensors.get("teacher", {})
@@ -2139,7 +2026,6 @@ def restore(trainer: Chain, tensors: dict) -> None:
         trainer.teacher, trainer.snapshot = snapshot_weights(trainer.model, snapshot, trainer.dtype), teacher
 
 
-# Adapted from train.py: check_members -- what is damaged is left out
 def check_members(run: RunFolder, members: list[dict]) -> None:
     """Take snapshots that are gone off the list; it is said. Their contents are checked before they are mixed."""
     for member in list(members):
@@ -2560,7 +2446,6 @@ def mix_logits(ensemble: Ensemble, members: list[dict], weights: list[float], sp
     return eval_set.score(eval_set.nats(losses))
 
 
-# Adapted from train.py: read_out -- a mixture of snapshots, learned on the fitness set
 def read_out(ensemble: Ensemble) -> dict | None:
     """The declared readout on the validation set and, once, on the holdout; None if a signal comes; collective.
 
@@ -2601,7 +2486,6 @@ def read_out(ensemble: Ensemble) -> dict | None:
     return found | {"scores": scores, "losses": losses, "readouts": readouts}
 
 
-# Adapted from train.py: make_result -- of all chains
 def make_result(ensemble: Ensemble, found: dict) -> dict:
     """What result.json says, but for eligibility; found: of read_out."""
     c, world, val, holdout = ensemble.config, ensemble.world, found["scores"]["val"], found["scores"].get("holdout")
@@ -2647,7 +2531,6 @@ def make_result(ensemble: Ensemble, found: dict) -> dict:
     }  # fmt: skip
 
 
-# Adapted from train.py: save_final -- links to the snapshots
 def save_final(ensemble: Ensemble, found: dict) -> str:
     """Link the chosen members into final/, with members.json -> why it failed, empty if it did not."""
     final, members = ensemble.run.path / "final", []
@@ -2668,7 +2551,6 @@ def save_final(ensemble: Ensemble, found: dict) -> str:
     return try_to_write_json(final / "members.json", content)
 
 
-# Adapted from train.py: plan_lines -- chains, groups, operations
 def plan_lines(ensemble: Ensemble) -> dict[str, str]:
     """What the header says of chains and groups, by the words in front."""
     c, plan = ensemble.config, ensemble.plan
@@ -2683,7 +2565,6 @@ def plan_lines(ensemble: Ensemble) -> dict[str, str]:
     return {"plan": f"{c.chains} chains of {c.cycles} cycles; {steps}; {groups}; {operations}"}
 
 
-# Copied from train.py: header
 def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
     """The first thing that a run prints."""
     c, world, splits = trainer.config, trainer.world, trainer.splits
@@ -2708,7 +2589,6 @@ def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, di
     return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
 
 
-# Copied from train.py: final_block
 def final_block(result: dict, folder: Path) -> str:
     """The last thing that a run prints."""
     bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
@@ -2742,7 +2622,6 @@ def report_mixtures(ensemble: Ensemble, found: dict, result: dict) -> None:
         ensemble.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
 
 
-# Adapted from train.py: finish -- a mixture of snapshots
 def finish(ensemble: Ensemble) -> int:
     """Read out, print the final block, write result.json -> the exit code."""
     if ensemble.stopped_by in ("full disk", "an error"):
@@ -2800,7 +2679,6 @@ def extend(saved: dict) -> None:
         write_json(folder / "config.json", {k: v for k, v in saved.items() if k not in ("folder", "finished")})
 
 
-# Adapted from train.py: set_up -- an ensemble, and groups of processes
 def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     """From the command line to an ensemble, and whether it resumes; what can be refused is refused here (ValueError).
 
@@ -2869,7 +2747,6 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     return ensemble, resume is not None
 
 
-# Copied from train.py: main
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 finished, or stopped by a signal and saved; 1 failed; 2 refused."""
     trainer, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
