@@ -19,7 +19,9 @@ from typing import Literal
 
 from slowrun.data import read_json
 
-RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
+RESUME_MAY_CHANGE = {  # these do not change the result
+    "data_dir", "eval_batch", "checkpoint_min", "checkpoints", "log_every", "wandb",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class RunConfig:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the GPU has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
     checkpoint_min: float = 10.0  # minutes between checkpoints, besides those at the ends of epochs
+    checkpoints: bool = True  # write checkpoints; without them a run that is stopped begins anew
     log_every: int = 10  # steps between printed lines
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: where WANDB_API_KEY is set
     runs_dir: str = "runs"  # where run folders are made

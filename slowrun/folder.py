@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -225,14 +225,18 @@ class RunFolder:
         if self.wandb is not None and to_wandb:
             self.wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that were lost with a killed run, and will be repeated."""
+    def drop_metrics_after(self, step: int, readouts: Collection[str]) -> None:
+        """Keep the lines of the first `step` steps and of these readouts: what a killed run lost will be repeated."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # the last may be half written
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):  # the last may be half written
+                continue
+            values = json.loads(line)
+            if values["step"] <= step and values.get("readout", "") in {"", *readouts}:
+                kept.append(line)
         self.metrics.close()
-        write_atomically(path, lambda temporary: temporary.write_text(kept))
+        write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
         self.metrics = Lines(path)
 
     def draw_curve(self, labels: dict[int, str], val_loss: float | None = None) -> None:
@@ -265,6 +269,11 @@ class RunFolder:
             failure = f"{type(error).__name__}, {str(error).splitlines()[0]} ({free:.2f} GiB free)"
         self.drop_checkpoints(keep=2)
         return failure
+
+    def update_checkpoint(self, info: dict) -> str:
+        """Rewrite what a checkpoint says beside its tensors -> why it could not be written; empty if it was."""
+        path = self.path / "checkpoints" / f"step_{info['step']:07d}.json"
+        return try_to_write_json(path, info | {"sha256": json.loads(path.read_text())["sha256"]})
 
     def drop_checkpoints(self, keep: int) -> None:
         """Delete all but the newest checkpoints."""

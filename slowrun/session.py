@@ -1,26 +1,736 @@
-"""A run from its command line to its result: what begins it, what continues it, and how it ends."""
+"""A run from its command line to its result.
+
+The session has the clock, the cap, the score and the run folder. It knows nothing of models, optimizers or schedules:
+it gets plans, names and numbers from the script, losses per token, and state through state_dict and load_state_dict.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
+import platform
 import secrets
+import shlex
+import shutil
+import signal
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from slowrun import folder as run_folder
-from slowrun.config import RESUME_MAY_CHANGE, RunConfig, changed_fields
-from slowrun.data import read_json
+from slowrun import rules
+from slowrun.clock import Clock
+from slowrun.config import RESUME_MAY_CHANGE, RunConfig, changed_fields, parse_flags
+from slowrun.data import Split, load_splits, read_json, sha256_file, token_bytes
+from slowrun.folder import RunFolder, try_to_write_json, write_atomically, write_json
+from slowrun.machine import GIB, compute_dtype, device_name, disk_space, peak_flops, peak_memory, total_memory
+from slowrun.plan import Sizes, StepPlan
+from slowrun.scoring import EvalSet, Score, TokenLosses, data_efficiency
+from slowrun.world import join
+
+INITIAL = "initial"  # the validation before the first step, which is no readout
+Nats = dict[str, Tensor]  # by split, "val" and "holdout": what EvalSet.nats returns
+
+
+class Stateful(Protocol):
+    """What a checkpoint is made of. Both are collective; the state is on the main process, {} on the others."""
+
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class NonFiniteLoss(RuntimeError):
     """A loss is NaN or infinite."""
+
+
+class LossesInFlight:
+    """The losses of a step, on their way from the device: a copy that the next step does not wait for."""
+
+    def __init__(self, losses: dict[str, Tensor]):
+        self.names = list(losses)
+        stacked = torch.stack(list(losses.values()))
+        self.event = None
+        if stacked.is_cuda:
+            self.host = torch.empty_like(stacked, device="cpu", pin_memory=True)
+            self.host.copy_(stacked, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = stacked.clone()
+
+    def wait(self) -> list[float]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInFlight:
+    """A step that was enqueued and is not recorded yet."""
+
+    step: int
+    losses: LossesInFlight
+    values: dict[str, Any]
+    batch: Tensor
+
+
+class Session:
+    """What a script's main uses, in this order: config, splits, require, open, resume, the loop, stopped or finish.
+
+    Within the loop: may_step, which starts the clock; did_step; save, validate and keep_member, which are off the clock
+    and do nothing if they were done before a resume. In the readout: load_member, token_nats and read_out. All methods
+    are collective. State: step (steps done), stopped_by ("" while there are steps to take, then "steps" or "time_cap"),
+    interrupted (a signal came), save_is_due, members (names of the weights kept for the readout, oldest first).
+    """
+
+    # ------------------------------------------------------------------------------------------------------- beginning
+
+    def __init__(
+        self,
+        track: str,
+        config_class: type[RunConfig],
+        demo: dict,
+        argv: list[str] | None,
+        script: str,
+        record_sizes: Callable[[dict], dict] | None = None,
+    ):
+        """Parse the flags, join the processes and read the data. ValueError for all that cannot work.
+
+        demo, record_sizes: see parse_flags. A run to resume that has finished ends the process.
+        """
+        self.started = time.monotonic()
+        self.earlier_wall_s = 0.0
+        self.track = track
+        self.script = Path(script).resolve()
+        description = sys.modules[config_class.__module__].__doc__
+        given, resumed = parse_flags(track, config_class, demo, argv, self.script, description, record_sizes)
+        self.saved = None
+        if resumed is None:
+            self.config = config_class(**given)
+        else:  # read by every process, because the device decides how they join
+            saved = run_folder.read_config(Path(resumed))
+            self.config = config_class(**saved["config"] | {k: given[k] for k in RESUME_MAY_CHANGE & given.keys()})
+        c = self.config
+        self.world = join(c.device)
+        self.dtype = compute_dtype(c.dtype, self.world.device)
+        if resumed is not None:
+            self.saved = self.world.on_main(reopen, track, Path(resumed), given, self.script)
+            if self.saved["finished"]:
+                if self.world.is_main:
+                    print(f"{resumed} has finished, see {resumed}/result.json")
+                raise SystemExit(0)
+        self.splits = self._load_splits()
+        lengths, self.bytes_from = self.world.on_main(token_bytes, c.data_dir, c.vocab_size)
+        self.eval_sets = {
+            name: EvalSet(split, c.sequence_len, c.val_sequences, c.eval_batch, self.world, lengths)
+            for name, split in self.splits.items()
+            if name != "train"
+        }
+        self.clock = Clock()
+        self.step = 0
+        self.stopped_by = ""
+        self.interrupted = False
+        self.save_is_due = False
+        self.members: list[str] = []
+        self.member_files: dict[str, dict] = {}  # what final/members.json says of each member
+        self.unsaved: dict[str, dict[str, Tensor]] = {}  # members that a full disk refused, by name
+        self.scores: dict[str, Score] = {}  # of the validation set, by readout
+        self.in_flight: deque[StepInFlight] = deque()
+        self.unprinted_s: list[float] = []  # durations of the steps since the last printed line
+        self.last_save = time.monotonic()
+        self.saved_step: int | None = None  # of the newest checkpoint
+        self.save_failure = ""
+        self.projection_at = 10  # the step after which the training time is projected
+        self.signal = ""
+        self.signal_at = 0.0
+
+    def _load_splits(self) -> dict[str, Split]:
+        """The splits. The main process goes first, so that one message says what is wrong with them."""
+        c = self.config
+        where = c.data_dir, c.vocab_size, c.sequence_len
+        loaded: dict[str, Split] = {}
+        self.world.on_main(lambda: loaded.update(load_splits(*where)))
+        return loaded or load_splits(*where)
+
+    def require(self, plan: StepPlan, sizes: Sizes) -> None:
+        """Refuse a run that cannot fit into memory or on the disk, before anything is allocated (ValueError)."""
+        self.plan = plan
+        self.sizes = sizes
+        self.needed_bytes = self.world.on_main(self._check_memory)
+        self.disk_line = self.world.on_main(self._check_disk)
+
+    def _check_memory(self) -> float:
+        """Estimated bytes per process. On a GPU the activations are left to the warm-up, which will show."""
+        sizes, world = self.sizes, self.world
+        stages = list(self.plan.stages.values())
+        static = max(sizes.static_bytes(world.size, stage) for stage in stages)
+        needed = max(sum(sizes.held_bytes(world.size, stage).values()) for stage in stages)
+        has = total_memory(world.device)
+        text = (
+            f"{sizes.parameters / 1e6:,.0f}M parameters need {static / GIB:.0f} GiB per process for weights, gradients "
+            "and optimizer"
+        )
+        if world.cuda:
+            if static > has:
+                raise ValueError(
+                    f"{text}, and the GPU has {has / GIB:.0f} GiB: use more or larger GPUs, or a smaller model"
+                )
+            return needed
+        on_gpu = dataclasses.replace(sizes, dtype=torch.bfloat16)
+        gpu_bytes = max(sum(on_gpu.held_bytes(world.size, stage).values()) for stage in stages)
+        text += (
+            f", about {needed / GIB:.0f} GiB with activations, in {name_of(self.dtype)}; this machine has "
+            f"{has / GIB:.0f} GiB and no GPU in use"
+        )
+        advice = (
+            f"train it on GPUs of at least {gpu_bytes / GIB:.0f} GiB, or see every technique at toy size with --demo"
+        )
+        if needed * world.size > has:
+            raise ValueError(f"{text}: {advice}")
+        if sizes.parameters >= 1e8 and self.config.device != "cpu":
+            raise ValueError(f"{text}: {advice}. It fits, so --device cpu trains it, slowly")
+        return needed
+
+    def _check_disk(self) -> str:
+        """What the header says of the disk. What is in the run folder already counts."""
+        c, sizes = self.config, self.sizes
+        folder = Path(self.saved["folder"]) if self.saved else Path(c.runs_dir) / c.run_name
+        there, free = disk_space(folder)
+        needed = sizes.disk_bytes(c.checkpoints)
+        parts = f"weights for the readout, {sizes.members} x {sizes.member_bytes / GIB:.3g} GiB, and "
+        parts += f"three checkpoints (two stay while the next is written), {sizes.checkpoint_bytes / GIB:.3g} GiB each"
+        if not c.checkpoints:
+            parts = f"weights for the readout, {sizes.members} x {sizes.member_bytes / GIB:.3g} GiB; no checkpoints, "
+            parts += "so --resume would begin anew"
+        text = f"up to {needed / GIB:.3g} GiB in {folder} ({parts}); {free / GIB:.3g} GiB are free"
+        if needed - there > free:
+            text += f", and {there / GIB:.3g} GiB of it are there" if there else ""
+            raise ValueError(f"the run needs {text}: make space, or choose another --runs-dir")
+        return text
+
+    def open(self, kernels: dict[str, str]) -> None:
+        """Make or reopen the run folder, catch signals, and print the header. kernels: what is chosen, by setting."""
+        c, world = self.config, self.world
+        self.kernels = kernels
+        self.compiled = c.compile == "on" or (c.compile == "auto" and world.cuda)
+        hashes = {name: split.sha256 for name, split in self.splits.items()}
+        is_new = self.saved is None
+        if is_new:
+            self.saved = world.on_main(begin, self.track, c, self.script, hashes)
+        world.on_main(check_same_data, self.saved, c.data_dir, hashes)
+        check_same_data(self.saved, c.data_dir, hashes)  # the other processes may be on other disks
+        self.folder = RunFolder(Path(self.saved["folder"]), self.saved["run_id"], world.is_main)
+        world.on_main(self.folder.open)
+        try:
+            wandb = world.on_main(self.folder.start_wandb, c.wandb, self.saved["config"] | {"track": self.track})
+        except ValueError:
+            if is_new:  # refused: nothing is left of it
+                shutil.rmtree(self.folder.path)
+            raise
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.log(self._header(wandb))
+        self.opened = time.monotonic()
+
+    def warmed_up(self, errors: dict[str, float]) -> None:
+        """Say what the warm-up took, and the errors of the kernels against their plain twins."""
+        parts = [f"{name} {self.kernels[name]} (error {error:.2g})" for name, error in errors.items()]
+        seconds = time.monotonic() - self.opened
+        self.log(f"warm-up   {seconds:.1f} s, compilation included; {', '.join(parts)}")
+
+    def resume(self, training: Stateful) -> None:
+        """Load the newest checkpoint, if the run has one. ValueError if what is there is damaged."""
+        if not self.saved.get("resumed"):
+            return
+        tensors: dict = {}
+
+        def read() -> dict | None:
+            found, info = self.folder.load_checkpoint() or ({}, None)
+            tensors.update(found)
+            self._check_members(info["members"] if info else [])
+            self.folder.drop_metrics_after(info["step"] if info else -1, info["scores"] if info else ())
+            (self.folder.path / "result.json").unlink(missing_ok=True)  # of an attempt that failed
+            return info
+
+        info = self.world.on_main(read)
+        if info is None:
+            self.log("no checkpoint yet: starting from step 0")
+            return
+        training.load_state_dict(tensors)
+        self.step = info["step"]
+        self.saved_step = info["step"]
+        self.projection_at = self.step + 10
+        self.stopped_by = info["stopped_by"]
+        self.scores = {name: Score(**score) for name, score in info["scores"].items()}
+        self.member_files = {member["name"]: member for member in info["members"]}
+        self.members = list(self.member_files)
+        self.clock.train_time_s = info["train_time_s"]
+        self.clock.recent_s.extend(info["recent_s"])
+        self.earlier_wall_s = info["wall_time_s"]
+        seconds = self.clock.train_time_s
+        self.log(f"resumed at step {self.step}/{self.plan.num_steps}, after {seconds:.1f} s of training")
+
+    def _check_members(self, members: list[dict]) -> None:
+        """ValueError if weights of the readout are not as they were saved."""
+        for member in members:
+            path = self.folder.path / "final" / member["file"]
+            if not path.exists() or sha256_file(path) != member["sha256"]:
+                raise ValueError(f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
+
+    # -------------------------------------------------------------------------------------------------------- the loop
+
+    def may_step(self) -> bool:
+        """Whether to take another step: there is one, it fits into the cap, and no signal came. Starts the clock.
+
+        All processes agree. Sets stopped_by, interrupted and save_is_due.
+        """
+        c = self.config
+        if self.step == self.plan.num_steps:
+            self.stopped_by = self.stopped_by or "steps"
+        over_cap = not self.stopped_by and self.clock.next_step_exceeds(60 * c.time_cap_min, len(self.in_flight))
+        due = c.checkpoints and time.monotonic() - self.last_save >= 60 * c.checkpoint_min
+        over_cap, self.interrupted, self.save_is_due = self.world.any([over_cap, bool(self.signal), due])
+        if over_cap:
+            self.stopped_by = "time_cap"
+        if self.stopped_by or self.interrupted:
+            self._read_losses(keep=0)
+            self.clock.stop()
+            return False
+        self.clock.start()
+        return True
+
+    def did_step(self, losses: dict[str, Tensor], values: dict[str, Any], batch: Tensor) -> None:
+        """A step was enqueued. On a GPU its losses are read one step late, so that the device never waits.
+
+        losses: parts of this process, () each, that are summed; the first is printed. values: for the metrics. batch:
+        what the step trained on, which is saved if a loss turns out not to be finite.
+        """
+        self.in_flight.append(StepInFlight(self.step, LossesInFlight(losses), values, batch))
+        self.step += 1
+        self._read_losses(keep=1 if self.world.cuda else 0)
+        if self.step == self.projection_at:
+            self._print_projection()
+
+    def save(self, training: Stateful) -> None:
+        """Write a checkpoint. If this step is saved already, add only what was read out since.
+
+        A full disk does not end the run: the failure is a line of the log, and earlier checkpoints stay.
+        """
+        if not self.config.checkpoints:
+            return
+        with self._off_the_clock():
+            if self.saved_step == self.step and not self.save_failure:
+                self._update_checkpoint()
+            else:
+                self._write_checkpoint(training.state_dict())
+        self.last_save = time.monotonic()
+        self.save_is_due = False
+
+    def token_nats(self, token_losses: TokenLosses) -> Nats | None:
+        """The losses of all targets that are scored, for readouts that mix predictions; None if a signal came."""
+        nats = {}
+        with self._off_the_clock():
+            for split, eval_set in self.eval_sets.items():
+                nats[split] = eval_set.nats(token_losses, self._agree_on_interruption)
+                if nats[split] is None:
+                    return None
+        return nats
+
+    def validate(self, readout: str, losses: TokenLosses | Nats) -> bool:
+        """Score the validation set under this name, for the log and the curve; False if a signal came before the end."""
+        if readout in self.scores:
+            return True
+        if not self.read_out(readout, losses):
+            return False
+        score = self.scores[readout]
+        bpb = f" | {score.bpb:.4f} bits per byte" if score.bpb else ""
+        self.log(f"{readout} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}")
+        epoch = int(self.plan.epoch[self.step])
+        values = {"step": self.step, "epoch": epoch, "readout": readout}
+        self.folder.record(values | {"val_loss": score.loss, "val_bpb": score.bpb})
+        with self._off_the_clock():
+            self.folder.draw_curve(self.plan.labels)
+        return True
+
+    def read_out(self, readout: str, losses: TokenLosses | Nats) -> bool:
+        """Score the validation set under this name, for the result; False if a signal came before the end."""
+        if readout in self.scores:
+            return True
+        with self._off_the_clock():
+            score = self._score("val", losses)
+        if score is None:
+            return False
+        if not math.isfinite(score.loss):
+            self._fail(f"the validation loss of {readout} is {score.loss} after step {self.step}", self.step, None)
+        self.scores[readout] = score
+        return True
+
+    def keep_member(self, name: str, weights: dict[str, Tensor]) -> None:
+        """Keep weights for the readout, in final/. Those that a full disk refuses wait in memory."""
+        if name in self.members:
+            return
+        with self._off_the_clock():
+            self.members.append(name)
+            self.member_files[name] = {
+                "name": name,
+                "file": f"{name}.safetensors",
+                "epoch": int(self.plan.epoch[self.step]),
+                "step": self.step,
+            }
+            if self.world.is_main:
+                self.unsaved[name] = {key: value.detach().to("cpu", copy=True) for key, value in weights.items()}
+                failure = self._save_members()
+                if failure:
+                    self.log(f"NOT saved: {failure}. It waits in memory for space on the disk")
+
+    def load_member(self, name: str) -> dict[str, Tensor]:
+        """Weights that were kept, on the device of every process."""
+        loaded = {}
+        if self.world.is_main:
+            loaded = self.unsaved.get(name) or load_file(self.folder.path / "final" / self.member_files[name]["file"])
+        layout = self.world.on_main(lambda: [(key, p.shape, p.dtype) for key, p in loaded.items()])
+        tensors = {}
+        for key, shape, dtype in layout:
+            tensor = loaded[key] if self.world.is_main else torch.empty(shape, dtype=dtype)
+            tensors[key] = tensor.to(self.world.device)
+            self.world.broadcast(tensors[key])
+        return tensors
+
+    # -------------------------------------------------------------------------------------------------------------- end
+
+    def stopped(self, training: Stateful) -> int:
+        """Save what a signal interrupted, and say how to resume -> exit code: 0 if it is saved."""
+        self.save(training)
+        self.folder.draw_curve(self.plan.labels)
+        return self._say_how_to_resume()
+
+    def finish(
+        self, readout: str, losses: TokenLosses | Nats, mixing: str, members: dict[str, float], stage: dict
+    ) -> int:
+        """Score the holdout, and write final/members.json and result.json -> exit code: 0 if they are written.
+
+        readout: the declared one. losses: of its prediction. mixing ("weight" or "probability"), members (weights by
+        name) and stage (arguments of the model) say how to make the prediction again.
+        """
+        holdout = None
+        if "holdout" in self.eval_sets:
+            holdout = self._score("holdout", losses)
+            if holdout is None:
+                if self.config.checkpoints:
+                    self._update_checkpoint()
+                return self._say_how_to_resume()
+        failure = self.world.on_main(self._save_final, mixing, members, stage)
+        if self.world.is_main:
+            result = self._result(readout, holdout, mixing)
+            self.folder.draw_curve(self.plan.labels, result["val_loss"])
+            self.log(final_block(result, self.folder.path))
+            failure = failure or try_to_write_json(self.folder.path / "result.json", result)
+            if not failure:
+                shutil.rmtree(self.folder.path / "checkpoints")
+                if self.folder.wandb is not None:
+                    self.folder.wandb.summary.update(result)
+        failure = self.world.on_main(lambda: failure)
+        if failure:
+            folder = self.folder.path
+            self.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
+        self._close()
+        return 1 if failure else 0
+
+    def _save_final(self, mixing: str, members: dict[str, float], stage: dict) -> str:
+        """Complete final/, with members.json, and drop what else is there -> why it failed; empty if it did not."""
+        chosen = [self.member_files[name] | {"weight": weight} for name, weight in members.items()]
+        final = self.folder.path / "final"
+        for path in final.iterdir():
+            if path.name not in [member["file"] for member in chosen]:
+                path.unlink()
+        for name in self.unsaved.keys() - members.keys():
+            del self.unsaved[name]
+        if self._save_members():  # the disk is full: the older checkpoint makes room
+            self.folder.drop_checkpoints(keep=1)
+            failure = self._save_members()
+            if failure:
+                return failure
+        chosen = [self.member_files[name] | {"weight": weight} for name, weight in members.items()]  # now with hashes
+        content = {"mixing": mixing, "stage": stage, "members": chosen}
+        return try_to_write_json(final / "members.json", content)
+
+    def _result(self, readout: str, holdout: Score | None, mixing: str) -> dict:
+        """The content of result.json."""
+        c, world, clock, folder = self.config, self.world, self.clock, self.folder.path
+        score = self.scores[readout]
+        readouts = {name: score.loss for name, score in self.scores.items() if name != INITIAL}
+        hashes = self.saved["data_sha256"]
+        peak = peak_flops(world.device)
+        seconds = max(clock.train_time_s, 1e-9)
+        result = {
+            "track": self.track,
+            "status": "finished",
+            "stopped_by": self.stopped_by,
+            "run_id": self.saved["run_id"],
+            "val_loss": score.loss,
+            "val_bpb": score.bpb,
+            "best_val_loss": min(readouts.values()),
+            "readouts": readouts,
+            "holdout_loss": holdout and holdout.loss,
+            "holdout_bpb": holdout and holdout.bpb,
+            "data_efficiency": data_efficiency(score.loss) if rules.is_official(hashes) else None,
+            "steps": self.step,
+            "tokens": int(self.plan.tokens[self.step]),
+            "epochs": int(self.plan.epoch[self.step]),
+            "train_time_s": clock.train_time_s,
+            "wall_time_s": self._wall_time_s(),
+            "time_cap_min": c.time_cap_min,
+            "seed": c.seed,
+            "world_size": world.size,
+            "device": device_name(world.device),
+            "dtype": name_of(self.dtype),
+            "compiled": self.compiled,
+            **self.kernels,
+            "mixing": mixing,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "peak_memory_gib": peak_memory(world.device) / GIB,
+            "tokens_per_s": int(self.plan.tokens[self.step]) / seconds,
+            "mfu": self.plan.flops[self.step] / seconds / peak / world.size if peak else None,
+            "parameters": self.sizes.parameters,
+            "val_tokens": score.tokens,
+            "val_bytes": score.bytes,
+            "data_sha256": hashes,
+            "code_sha256": run_folder.code_sha256(folder / "code"),
+            "instrument_sha256": run_folder.instrument_sha256(folder / "code" / "slowrun"),
+            "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
+        }
+        reasons = rules.reasons_not_eligible(self.track, result)
+        return result | {"eligible": not reasons, "not_eligible_because": reasons}
+
+    # ---------------------------------------------------------------------------------------------------------- signals
+
+    def _on_signal(self, number: int, frame) -> None:
+        """Stop after the step or the batch under way.
+
+        A second signal soon after is the same stop, from a scheduler and from torchrun; a later one ends the process.
+        """
+        now = time.monotonic()
+        if self.signal and now - self.signal_at > 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.signal:
+            self.signal = signal.Signals(number).name
+            self.signal_at = now
+
+    def _agree_on_interruption(self) -> bool:
+        self.interrupted = self.world.any([bool(self.signal)])[0]
+        return self.interrupted
+
+    # ---------------------------------------------------------------------------------------------------------- private
+
+    def _score(self, split: str, losses: TokenLosses | Nats) -> Score | None:
+        """Score a split by a function of a batch, or by losses that are there already; None if a signal came."""
+        eval_set = self.eval_sets[split]
+        nats = losses[split] if isinstance(losses, dict) else eval_set.nats(losses, self._agree_on_interruption)
+        return None if nats is None else eval_set.score(nats)
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Wait for the steps in flight, count them, and let the clock stand still until the end of the block."""
+        self._read_losses(keep=0)
+        was_running = self.clock.running
+        self.clock.stop()
+        yield
+        if was_running:
+            self.clock.start()
+
+    def _read_losses(self, keep: int) -> None:
+        """Wait for the losses of all steps but the newest `keep`, and record them."""
+        while len(self.in_flight) > keep:
+            done = self.in_flight.popleft()
+            local = done.losses.wait()
+            dt_s = self.clock.lap()
+            losses = dict(zip(done.losses.names, self.world.sum(local), strict=True))
+            self._record_step(done.step, dt_s, losses, done.values)
+            for name, loss in losses.items():
+                if not math.isfinite(loss):
+                    self._fail(f"the {name} is {loss} at step {done.step + 1}", done.step + 1, done.batch)
+
+    def _record_step(self, step: int, dt_s: float, losses: dict[str, float], values: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, the progress bar, and every log_every steps a printed line."""
+        c, plan = self.config, self.plan
+        done = step + 1
+        progress = {"step": done, "epoch": int(plan.epoch[step]) + 1, "dt_s": dt_s, "tokens": int(plan.tokens[done])}
+        memory = {"peak_memory_gib": round(peak_memory(self.world.device) / GIB, 3)}
+        self.folder.record(progress | losses | values | memory, to_wandb=done % c.log_every == 0)
+        if step in plan.stages and step > 0:
+            self.log(f"from step {done} on: {plan.stages[step].name}")
+        self.unprinted_s.append(dt_s)
+        step_s = statistics.mean(self.unprinted_s)
+        tokens_per_s = (plan.tokens[done] - plan.tokens[step]) / step_s
+        loss = next(iter(losses.values()))
+        parts = [f"train {loss:.4f}", f"lr {values.get('lr', math.nan):.2f}", f"{tokens_per_s / 1e3:.1f}k tok/s"]
+        if peak := peak_flops(self.world.device):
+            used = (plan.flops[done] - plan.flops[step]) / step_s / self.world.size
+            parts.append(f"{100 * used / peak:.1f}% mfu")
+        parts += [f"{step_s:.2f} s/step", f"eta {duration(self._remaining_s(done, step_s))}"]
+        is_printed = done % c.log_every == 0 or done == plan.num_steps
+        self.folder.progress(done, plan.num_steps, parts, is_printed)
+        if is_printed:
+            self.unprinted_s.clear()
+
+    def _remaining_s(self, step: int, step_s: float) -> float:
+        """Projected time of the steps from `step` on, at the rate of operations of steps that take step_s."""
+        flops = self.plan.flops
+        return step_s * (flops[-1] - flops[step]) / (flops[step] - flops[step - 1])
+
+    def _print_projection(self) -> None:
+        self._read_losses(keep=0)
+        cap = self.config.time_cap_min
+        total_s = self.clock.train_time_s + self._remaining_s(self.step, self.clock.step_s)
+        self.log(f"projected training time {total_s / 60:.1f} min, cap {f'{cap:g} min' if cap else 'lifted'}")
+        if 0 < 60 * cap < total_s:
+            self.log("WARNING: training will stop early, at the cap; --time-cap-min 0 lifts it (not eligible then)")
+
+    def _checkpoint_info(self) -> dict:
+        return {
+            "step": self.step,
+            "stopped_by": self.stopped_by if self.stopped_by == "time_cap" else "",
+            "scores": {name: dataclasses.asdict(score) for name, score in self.scores.items()},
+            "members": [member for member in self.member_files.values() if "sha256" in member],
+            "train_time_s": self.clock.train_time_s,
+            "recent_s": list(self.clock.recent_s),
+            "wall_time_s": self._wall_time_s(),
+        }
+
+    def _write_checkpoint(self, tensors: dict) -> None:
+        started = time.monotonic()
+        failure = ""
+        if self.world.is_main:
+            failure = self._save_members() or self.folder.save_checkpoint(tensors, self._checkpoint_info())
+            outcome = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
+            self.log(f"checkpoint at step {self.step} {outcome}, in {time.monotonic() - started:.1f} s")
+        self.save_failure = self.world.on_main(lambda: failure)
+        if not self.save_failure:
+            self.saved_step = self.step
+
+    def _update_checkpoint(self) -> None:
+        """The checkpoint of this step has the tensors already; what was read out since is added."""
+        failure = ""
+        if self.world.is_main:
+            failure = self._save_members() or self.folder.update_checkpoint(self._checkpoint_info())
+            if failure:
+                self.log(f"checkpoint at step {self.step} NOT updated: {failure}")
+        self.world.sum([0])
+
+    def _save_members(self) -> str:
+        """Write the members that are only in memory -> why they could not be written; empty if they were."""
+        for name in list(self.unsaved):
+            path = self.folder.path / "final" / self.member_files[name]["file"]
+            try:
+                write_atomically(path, partial(save_file, self.unsaved[name]))
+            except Exception as error:  # an OSError, or safetensors' own
+                return f"final/{path.name}: {error}"
+            self.member_files[name]["sha256"] = sha256_file(path)
+            del self.unsaved[name]
+        return ""
+
+    def _fail(self, message: str, step: int, batch: Tensor | None) -> NoReturn:
+        """End the run, and keep what is needed to look at it: every process's part of the step's sequences."""
+        if batch is not None:
+            path = self.folder.path / f"non_finite_rank_{self.world.rank}.pt"
+            write_atomically(path, partial(torch.save, {"step": step, "batch": batch.cpu()}))
+        if self.world.is_main:
+            result = {"track": self.track, "status": "failed", "stopped_by": "non_finite_loss", "steps": step}
+            write_json(self.folder.path / "result.json", result | {"run_id": self.saved["run_id"]})
+            kept = ", ".join(path.stem for path in self.folder.checkpoints()) or "none, it begins anew"
+            self.log(f"stopped: {message}")
+            self.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
+        self._close()
+        raise NonFiniteLoss(message)
+
+    def _say_how_to_resume(self) -> int:
+        command = resume_command(self.world.size, self.folder.path)
+        stopped = f"stopped by {self.signal or 'a signal'} after step {self.step}"
+        if self.config.checkpoints:
+            self.log(f"{stopped}; resume with: {command}")
+        else:
+            kept = self.folder.checkpoints()
+            begins = f"goes on from step {int(kept[-1].stem[5:])}" if kept else "begins anew"
+            self.log(f"{stopped}, which --no-checkpoints did not save: {command} {begins}")
+        self._close()
+        return 0 if self.config.checkpoints and not self.save_failure else 1
+
+    def _close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.folder.close()
+
+    def log(self, text: str) -> None:
+        """Print lines, and keep them in log.txt."""
+        self.folder.log(text)
+
+    def _header(self, wandb: str) -> str:
+        c, world, plan, saved = self.config, self.world, self.plan, self.saved
+        settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
+        kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
+        compiled = "compiled" if self.compiled else "not compiled"
+        batch = plan.tokens[-1] / plan.num_steps
+        lines = {
+            "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb}",
+            "command": shlex.join(saved["command"]),
+            "settings": settings,
+            "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
+            "device": f"{world.size} x {device_name(world.device)}, {name_of(self.dtype)}, {kernels}, {compiled}, "
+            f"about {self.needed_bytes / GIB:.2g} GiB per process",
+            "disk": self.disk_line,
+            "data": f"{c.data_dir}: {rules.describe_data(self.splits)}; bytes of tokens {self.bytes_from}",
+            "model": f"{self.sizes.parameters:,} parameters",
+            "plan": f"{plan.num_steps:,} steps of {batch:,.0f} tokens, {plan.epoch[-1]} epochs, "
+            + (f"cap {c.time_cap_min:g} min" if c.time_cap_min else "no cap (not eligible)"),
+            "stages": "; ".join(f"from step {step + 1}: {stage.name}" for step, stage in plan.stages.items()),
+        }
+        return "\n".join(
+            [f"NanoGPT Slowrun, {self.track} track", *(f"{name:10}{text}" for name, text in lines.items())]
+        )
+
+    def _wall_time_s(self) -> float:
+        return self.earlier_wall_s + time.monotonic() - self.started
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def final_block(result: dict, folder: Path) -> str:
+    """The last thing that a run prints."""
+    bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
+    holdout = f"{result['holdout_loss']:.4f}" if result["holdout_loss"] is not None else "none"
+    several = len(result["final_sha256"]) > 2  # the members, and members.json
+    averaged = f"{result['mixing']}-averaged" if several else "one member"
+    ended = "finished" if result["stopped_by"] == "steps" else f"stopped by {result['stopped_by']}"
+    because = "; ".join(result["not_eligible_because"])
+    lines = [
+        f"{result['track']} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
+        *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
+        f"val_loss   {result['val_loss']:.4f} ({averaged}){bpb}; best {result['best_val_loss']:.4f}",
+        f"holdout    {holdout}",
+        f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
+        f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "
+        f"in all {duration(result['wall_time_s'])}",
+        f"record     {'eligible' if result['eligible'] else f'not eligible: {because}'}",
+        f"run folder {folder}, curve {folder / 'curve.png'}",
+    ]
+    return "\n".join(["=" * 100, *lines, "=" * 100])
 
 
 def duration(seconds: float) -> str:
@@ -78,7 +788,7 @@ def reopen(track: str, folder: Path, given: dict, script: Path, may_change: set[
         raise ValueError(f"slowrun/ changed since {folder} was started: {advice}")
     result = folder / "result.json"
     is_finished = result.exists() and read_json(result, {"status"}, "delete it to resume")["status"] == "finished"
-    return saved | {"folder": str(folder), "finished": is_finished}
+    return saved | {"folder": str(folder), "finished": is_finished, "resumed": True}
 
 
 def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> None:
@@ -94,9 +804,11 @@ def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> 
 
 
 def exit_code(main: Callable[[], int], script: str) -> int:
-    """Call a script's main -> its exit code; 2, with the reason on stderr, for what it refuses."""
+    """Call a script's main -> its exit code: 0 finished, or stopped and saved; 1 failed; 2 refused."""
     try:
         return main()
+    except NonFiniteLoss:  # the log has the reason
+        return 1
     except (ValueError, torch.OutOfMemoryError) as error:
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # until they have met, all find the same
             advice = "" if isinstance(error, ValueError) else "\nLess memory: --device-batch, --eval-batch"
@@ -105,8 +817,8 @@ def exit_code(main: Callable[[], int], script: str) -> int:
 
 
 def launch(main: Callable[[], int]) -> NoReturn:
-    """Call a script's main, and exit with what it returns: 0 finished, or stopped and saved; 1 failed; 2 refused."""
-    code = main()
+    """Run a script's main and exit with its exit code."""
+    code = exit_code(main, sys.argv[0])
     if dist.is_initialized():
         if code == 0:  # after an error the other processes may never come
             dist.destroy_process_group()

@@ -1,0 +1,130 @@
+"""What a run will do: its steps, its stages, and what they need of a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from slowrun.world import VIRTUAL_RANKS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive steps that compute alike."""
+
+    name: str  # such as "replay"
+    flops_per_token: float  # of a step, forward and backward
+    forward_layers: int  # calls of a layer in a forward pass
+    backward_layers: int  # those that a backward pass follows
+    heads: float = 1.0  # calls of the head
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the steps of a run complete. N is the number of steps."""
+
+    tokens: np.ndarray  # (N + 1,) int64, tokens before step s
+    epoch: np.ndarray  # (N + 1,) int64, epochs completed before step s
+    stages: dict[int, Stage]  # the stage that begins with step s
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """The names of the stages, by the step they begin with."""
+        return {step: stage.name for step, stage in self.stages.items()}
+
+    @cached_property
+    def flops(self) -> np.ndarray:
+        """(N + 1,) float64, floating-point operations before step s."""
+        starts = sorted(self.stages)
+        per_token = np.concatenate(
+            [
+                np.full(end - start, self.stages[start].flops_per_token)
+                for start, end in zip(starts, [*starts[1:], self.num_steps], strict=True)
+            ]
+        )
+        return np.cumsum([0.0, *(per_token * np.diff(self.tokens))])
+
+    def epoch_ended(self, step: int) -> int:
+        """The epoch that the step before this one completed, counted from 1; 0 if it completed none."""
+        ended = step > 0 and self.epoch[step] > self.epoch[step - 1]
+        return int(self.epoch[step]) if ended else 0
+
+
+def stages_of(stages: list[Stage]) -> dict[int, Stage]:
+    """The stage of every step -> those that begin, by the step they begin with."""
+    return {step: stage for step, stage in enumerate(stages) if step == 0 or stage != stages[step - 1]}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What counts of memory, disk and traffic need to know of an experiment; elements unless it says bytes."""
+
+    dtype: torch.dtype  # of the compute weights
+    parameters: int
+    layers: int  # of the trunk
+    layer_parameters: float  # of the average layer of the trunk
+    table_parameters: int  # of embeddings and the head
+    state_elements: int  # of the optimizer, and of averages, over all processes
+    moved_parameters: int  # that the meta-gradient moves; 0 without it
+    master_bytes: int
+    layer_bytes: int  # that the backward pass needs of a layer, per position
+    pass_positions: int  # of a forward pass
+    logit_positions: int  # whose logits exist at a time
+    padded_vocab: int
+    n_embd: int
+    member_bytes: int  # of weights that are kept for the readout
+    members: int  # how many are kept
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return self.master_bytes + 4 * self.state_elements
+
+    def disk_bytes(self, checkpoints: bool) -> int:
+        """Of a run at most: the readout's weights, and three checkpoints, as two stay while the next is written."""
+        return self.members * self.member_bytes + 3 * self.checkpoint_bytes * checkpoints
+
+    def held_bytes(self, world_size: int, stage: Stage) -> dict[str, float]:
+        """Bytes that a process holds in a stage, by what they are; activations and logits are an estimate."""
+        item = self.dtype.itemsize
+        head = self.padded_vocab * self.n_embd
+        return {
+            "weights": self.master_bytes + item * self.parameters,
+            "gradients": 4 * (2 * self.parameters + self.moved_parameters),  # two, and a moved copy
+            "optimizer": 4 * self.state_elements / world_size,
+            "activations": self.pass_positions * self.layer_bytes * stage.backward_layers,
+            "logits": self.logit_positions * self.padded_vocab * (2 * item + 16) + 8 * head,  # the head's gradient too
+        }
+
+    def static_bytes(self, world_size: int, stage: Stage) -> float:
+        """Of these, the ones that do not depend on the batch."""
+        held = self.held_bytes(world_size, stage)
+        return held["weights"] + held["gradients"] + held["optimizer"]
+
+    def moved_bytes(self, world_size: int, stage: Stage, tokens: int) -> dict[str, float]:
+        """Bytes that a process reads and writes at least in an optimizer step of so many tokens, by what they are.
+
+        Each pass reads the weights of every call, forward and backward, adds to float32 gradients, and writes and reads
+        what the backward pass needs, the logits and their gradient. A step makes compute weights and takes their
+        gradients back once, and with the meta-gradient once more for each virtual rank.
+        """
+        item = self.dtype.itemsize
+        once = self.parameters - self.layer_parameters * self.layers - self.padded_vocab * self.n_embd  # but for wte
+        passes = tokens / (world_size * self.pass_positions)
+        gradients_taken = 1 + VIRTUAL_RANKS / world_size * bool(self.moved_parameters)
+        calls = stage.forward_layers + stage.backward_layers
+        return {
+            "weights": passes * item * (self.layer_parameters * calls + 2 * once)
+            + gradients_taken * (4 + item) * self.parameters,
+            "gradients": passes * 8 * (self.layer_parameters * self.layers + once)
+            + gradients_taken * 12 * self.parameters,
+            "optimizer": (12 * self.parameters + 8 * self.state_elements) / world_size,
+            "activations": 2 * passes * self.pass_positions * self.layer_bytes * stage.backward_layers,
+            "logits": 4 * passes * self.pass_positions * self.padded_vocab * item * stage.heads,
+        }
