@@ -1,480 +1,276 @@
-"""The GPT of the limited track: parameters, their initialisation, and the forward pass.
+"""The GPT of the limited track: initial weights, compute weights, and a forward pass with layer replay.
 
-    model = GPT(GPTConfig(n_layer=6, n_head=2, n_embd=128, sequence_len=256, replay_start=3, replay_end=5))
-    model.init_weights()
-    losses = model.token_losses(tokens, targets)      # (B, T) int64 -> (B, T) float32, nats
+There are two sets of weights. The optimizer updates the masters, which are float32 and have the benchmark's names
+(transformer.h.3.attn.c_q.weight). The modules below hold the compute weights, which are bfloat16 on a GPU: head mixing
+is applied to them already, and q, k, v and gate, up are stacked into one matrix each.
 
-Modules only own parameters, the float32 "masters". The forward pass is a chain of plain functions that read *compute
-weights*: the masters after all that depends on weights alone, which is mixing the heads, stacking q, k and v (gate and
-up) into one matrix, and rounding to bfloat16. Training makes these once per optimizer step (ComputeWeights) rather than
-once per micro-step; without them the model makes them on the fly, differentiably.
-
-Notation: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
+Notation in shapes: B sequences, T positions, V vocab_size, C = n_embd, H = n_head, D = C / H, L = n_layer.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slowrun.machine import has_bfloat16
+from slowrun.kernels import HeadLoss, attend, capped_cross_entropy, dropout, soft_cap
 
-Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
-
-
-def require(ok: bool, message: str) -> None:
-    """For what a user can get wrong."""
-    if not ok:
-        raise ValueError(message)
-
+if TYPE_CHECKING:
+    from train import Config
 
 # ======================================================================================================================
-# Config
+# Masters and compute weights
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
-class GPTConfig:
-    """What the model is. The defaults are the current record of the limited track, 1.4B parameters."""
+def init_masters(config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The initial masters by name, drawn from torch's default generator.
 
-    vocab_size: int = 50257  # token ids of the data; the tables have this rounded up to a multiple of 64
-    sequence_len: int = 2048  # tokens in a training or validation sequence
-    n_layer: int = 30  # transformer blocks; even if there is a U-Net, which pairs them
-    n_head: int = 14  # attention heads
-    n_embd: int = 1792  # width of the residual stream
-    window_pattern: str = "SSSL"  # attention windows by layer, repeated: S = T/2, L = T; the last layer is always L
-    logit_cap: float = 10.0  # soft cap of the logits, cap * tanh(logits / cap)
-    mtp_weight: float = 0.3  # weight of the loss on the token after next (0: no such block)
-    dropout: float = 0.05  # on the outputs of attention and MLP
-    stochastic_depth: float = 0.0  # probability that the last layer is dropped; linear in the layer, 0 at the first
-    replay_start: int = 15  # first layer that layer replay repeats; in the decoder, the second half of the layers
-    replay_end: int = 21  # one past the last layer that layer replay repeats
-    replay_loops: int = 2  # how often layer replay repeats them
-    mlp: Literal["swiglu", "relu2"] = "swiglu"  # relu2: squared ReLU, of width 4C, as before record 4
-    value_embedding: Literal["projection", "table"] = "projection"  # table: looked up by token, as before record 3
-    u_net: bool = True  # skips from the first half of the layers to the second
-    head_gates: bool = True  # a gate on the output of each attention head
-    head_mixes: bool = True  # interleaved head attention
-    exclusive: bool = False  # exclusive self-attention, as in records 9 and 10
-    proj_init: Literal["normal", "zero"] = "normal"  # how every c_proj starts
+    Embedding tables are stored in the compute dtype, all others in float32 or wider.
+    """
+    L, H, C, hidden, padded_vocab = config.n_layer, config.n_head, config.n_embd, config.hidden, config.padded_vocab
+    wide = torch.promote_types(dtype, torch.float32)
+    bound = math.sqrt(3 / C)  # of a uniform distribution with standard deviation 1 / sqrt(C)
 
-    def __post_init__(self):
-        check_model(self)
+    def constant(value: float, *shape: int) -> Tensor:
+        return torch.full(shape, value, dtype=wide, device=device)
 
-    @property
-    def padded_vocab(self) -> int:
-        return -(-self.vocab_size // 64) * 64
+    def uniform(*shape: int, dtype: torch.dtype = wide) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).uniform_(-bound, bound)
 
-    @property
-    def hidden(self) -> int:
-        """Width of the MLP: 4C, or for SwiGLU, which has a matrix more, 8/3 C rounded up to a multiple of 256."""
-        return 4 * self.n_embd if self.mlp == "relu2" else -(-(8 * self.n_embd // 3) // 256) * 256
+    def normal(std: float, *shape: int, dtype: torch.dtype = wide) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=std)
 
-    @property
-    def mlp_elements(self) -> int:
-        """Elements of the MLP's matrices."""
-        return (2 if self.mlp == "relu2" else 3) * self.n_embd * self.hidden
+    def projection(*shape: int) -> Tensor:
+        return normal(1 / math.sqrt(C), *shape) if config.proj_init == "normal" else constant(0.0, *shape)
 
-    def window(self, i: int) -> int:
-        """How many positions back layer i attends, besides its own."""
-        short = self.window_pattern[i % len(self.window_pattern)] == "S" and i < self.n_layer - 1
-        return self.sequence_len // 2 if short else self.sequence_len
+    def block(name: str, layer: int) -> dict[str, Tensor]:
+        masters = {}
+        if config.head_mixes:
+            masters[f"{name}.attn.q_mix"] = torch.eye(H, dtype=wide, device=device)
+            masters[f"{name}.attn.k_mix"] = torch.eye(H, dtype=wide, device=device)
+            masters[f"{name}.attn.v_mix"] = torch.eye(H, dtype=wide, device=device)
+        masters[f"{name}.attn.c_q.weight"] = uniform(C, C)
+        masters[f"{name}.attn.c_k.weight"] = uniform(C, C)
+        masters[f"{name}.attn.c_v.weight"] = uniform(C, C)
+        masters[f"{name}.attn.c_proj.weight"] = projection(C, C)
+        if config.head_gates:
+            masters[f"{name}.attn.attn_gate.weight"] = constant(0.0, H, 12)
+        if config.has_value_embedding(layer):
+            masters[f"{name}.attn.ve_gate.weight"] = constant(0.0, H, 32)
+        if config.mlp == "swiglu":
+            masters[f"{name}.mlp.c_gate.weight"] = uniform(hidden, C)
+        masters[f"{name}.mlp.c_fc.weight"] = uniform(hidden, C)
+        masters[f"{name}.mlp.c_proj.weight"] = projection(C, hidden)
+        return masters
 
-    def has_value_embedding(self, i: int) -> bool:
-        return i % 2 == (self.n_layer - 1) % 2
+    masters = {"resid_lambdas": constant(1.0, L), "x0_lambdas": constant(0.1, L)}
+    if config.u_net:
+        masters["skip_weights"] = constant(1.0, L // 2)
+    masters["transformer.wte.weight"] = normal(1.0, padded_vocab, C, dtype=dtype)
+    for i in range(L):
+        masters |= block(f"transformer.h.{i}", layer=i)
+    masters["lm_head.weight"] = normal(0.001, padded_vocab, C)
+    for i in range(L):
+        if config.has_value_embedding(i) and config.value_embedding == "projection":
+            masters[f"ve_projs.{i}.weight"] = uniform(C, C)
+        elif config.has_value_embedding(i):
+            masters[f"ve_tables.{i}.weight"] = uniform(padded_vocab, C, dtype=dtype)
+    if config.mtp_weight:
+        masters["mtp_proj.weight"] = uniform(C, 2 * C)
+        masters |= block("mtp_block", layer=L)
+    return masters
 
-    def layer_order(self, replay: bool) -> list[int]:
-        """Layers in the order in which they run, replayed ones repeated."""
-        replayed = list(range(self.replay_start, self.replay_end)) * (self.replay_loops if replay else 0)
-        return [*range(self.replay_end), *replayed, *range(self.replay_end, self.n_layer)]
+
+def mix_heads(weight: Tensor, mix: Tensor) -> Tensor:
+    """Interleaved head attention (arXiv 2602.21371): head h becomes sum_m mix[h, m] * head m.
+
+    weight (C, C), of which head m has rows m * D ... (m + 1) * D - 1; mix (H, H) -> (C, C).
+    """
+    heads = weight.view(mix.size(1), -1)  # (H, D * C)
+    return (mix @ heads).view_as(weight)
 
 
-def check_model(c: GPTConfig) -> None:
-    """Refuse sizes that do not go together (ValueError)."""
-    sizes = {name: getattr(c, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    require(min(sizes.values()) > 0 and c.replay_loops >= 0, f"sizes must be positive: {sizes}")
-    require(c.sequence_len >= 4, f"sequence_len {c.sequence_len} is too short: at least 4 are needed")
-    require(
-        c.n_embd % (2 * c.n_head) == 0,
-        f"n_embd {c.n_embd} / n_head {c.n_head} = {c.n_embd / c.n_head:g}: a head needs an even number "
-        "of dimensions, change --n-embd or --n-head",
-    )
-    require(c.n_embd >= 32, f"n_embd {c.n_embd} is too small: gates read the first 32 dimensions")
-    paired = c.n_layer % 2 == 0 or not c.u_net
-    require(paired, f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer, or give --no-u-net")
-    letters = set(c.window_pattern)
-    require(letters and letters <= set("SL"), f"window_pattern {c.window_pattern!r} must be of letters S and L")
-    require(
-        c.n_layer // 2 <= c.replay_start < c.replay_end <= c.n_layer,
-        f"replay range [{c.replay_start}, {c.replay_end}) is not inside the decoder, layers "
-        f"{c.n_layer // 2} to {c.n_layer - 1}: change --replay-start and --replay-end",
-    )
-    for name in ("dropout", "stochastic_depth"):
-        require(0 <= getattr(c, name) < 1, f"{name} {getattr(c, name)} is not in [0, 1)")
-    require(c.logit_cap > 0 and c.mtp_weight >= 0, "logit_cap must be positive, mtp_weight not negative")
+def block_weights(masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a block by name, made from its masters; differentiable."""
+    weights = dict(masters)
+    qkv = []
+    for name in ("q", "k", "v"):
+        weight = weights.pop(f"attn.c_{name}.weight")
+        mix = weights.pop(f"attn.{name}_mix", None)
+        qkv.append(weight if mix is None else mix_heads(weight, mix))
+    weights["attn.qkv.weight"] = torch.cat(qkv)
+    if "mlp.c_gate.weight" in weights:
+        gate_up = [weights.pop(f"mlp.{name}.weight") for name in ("c_gate", "c_fc")]
+        weights["mlp.gate_up.weight"] = torch.cat(gate_up)
+    return weights
+
+
+def block_names(config: Config) -> list[str]:
+    """The prefixes of the blocks' names: what block_weights is for."""
+    blocks = [f"transformer.h.{i}." for i in range(config.n_layer)]
+    return [*blocks, "mtp_block."] if config.mtp_weight else blocks
 
 
 # ======================================================================================================================
-# Functions of the forward pass
+# Blocks
 # ======================================================================================================================
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without learned gain (arXiv 1910.07467)."""
+    """RMSNorm over the last dimension, without a learned gain (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-_DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"  # each module needs its own name
-
-
-@torch.library.custom_op(_DROPOUT, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    return torch.native_dropout(x, p, True)
-
-
-@_dropout.register_fake
-def _dropout_fake(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-
-
-def _dropout_setup(ctx, inputs, output) -> None:
-    ctx.p = inputs[1]
-    ctx.save_for_backward(output[1])
-
-
-@partial(_dropout.register_autograd, setup_context=_dropout_setup)
-def _dropout_backward(ctx, grad, _):
-    return grad * ctx.saved_tensors[0] * (1 / (1 - ctx.p)), None
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout (arXiv 1207.0580); the identity for p = 0.
-
-    An operator of its own: compiled graphs then call ATen's kernel and draw the same numbers as the uncompiled model.
-    Inductor's replacement can corrupt masks in torch 2.13 (pytorch issue 198333).
-    """
-    return _dropout(x, p)[0] if p else x
-
-
-def rotary_tables(length: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin of the rotary embedding, base 10000 (arXiv 2104.09864) -> 2 x (length, 1, D / 2), float32 or wider."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
-    angles = torch.arange(length, device=device, dtype=dtype)[:, None, None] * frequencies
+def rotary_tables(config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary embedding, base 10000 (arXiv 2104.09864): each (T, 1, D / 2)."""
+    D = config.n_embd // config.n_head
+    exponents = torch.arange(0, D, 2, dtype=dtype) / D
+    frequencies = 10000.0**-exponents
+    angles = torch.arange(config.sequence_len, dtype=dtype)[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, T, H, D), its halves the two coordinates of the rotated planes -> (B, T, H, D), float32 or wider."""
-    cos, sin = rotary
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, D) -> the same shape, float32 or wider. A frequency pair is (x[d], x[d + D / 2])."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
-    """Causal attention, scale 1 / sqrt(D), position t sees t - window ... t: 3 x (B, T, H, D) -> (B, T, H, D).
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self-attention (arXiv 2603.09078): y without its component along the position's own value.
 
-    backend: "varlen" is the flash attention that torch carries (CUDA, compute capability 8.0 or newer, bfloat16),
-    "sdpa" is F.scaled_dot_product_attention, with a mask where the window is shorter than the sequence.
+    y, v (B, T, H, D) -> (B, T, H, D).
     """
-    B, T, H, D = q.shape
-    everything = window >= T - 1
-    if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
-
-        borders = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-        # contiguous, because the operator promises the compiler outputs and gradients laid out like its inputs
-        q, k, v = (t.reshape(B * T, H, D).contiguous() for t in (q, k, v))
-        left = -1 if everything else window
-        return varlen_attn(q, k, v, borders, borders, T, T, window_size=(left, 0)).view(B, T, H, D)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if everything:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    position = torch.arange(T, device=q.device)
-    distance = position[:, None] - position
-    mask = (distance >= 0) & (distance <= window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
-    """Exclusive self-attention (arXiv 2603.09078): y loses a share of its part along the position's own value.
-
-    y, v (B, T, H, D), strength: that share, one number or (H, 1) float32 or wider -> (B, T, H, D).
-    """
-    unit = F.normalize(v, dim=-1, eps=1e-4)
-    along = (y * unit).sum(-1, keepdim=True) * unit
-    return (y - strength * along).to(y.dtype)
-
-
-def attention(w, x: Tensor, ve: Tensor | None, rotary, *, n_head: int, exclusive: bool, **settings) -> Tensor:
-    """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
-    B, T, C = x.shape
-    q, k, v = (t.view(B, T, n_head, C // n_head) for t in F.linear(x, w["qkv"]).chunk(3, dim=-1))
-    if ve is not None:  # value residual (arXiv 2410.17897) with a gate per head, at first 2 * sigmoid(0) = 1
-        v = v + 2 * torch.sigmoid(F.linear(x[..., :32], w["ve_gate"])).unsqueeze(-1) * ve.view_as(v)
-    q, k = norm(rotate(q, rotary)).to(v.dtype), norm(rotate(k, rotary)).to(v.dtype)
-    y = attend(q, k, v, **settings)
-    if exclusive:
-        y = exclude_own_value(y, v, 1.0)
-    if "attn_gate" in w:  # head gates (arXiv 2505.06708)
-        y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)
-    return F.linear(y.reshape(B, T, C), w["attn_proj"])
-
-
-def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """SwiGLU (arXiv 2002.05202), or without a gate squared ReLU (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
-    if "gate_up" in w:
-        gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
-    else:
-        hidden = F.relu(F.linear(x, w["up"])).square()
-    return F.linear(hidden, w["mlp_proj"])
-
-
-def block(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, dropout_p: float, **settings) -> Tensor:
-    """Attention and MLP, each on the normed stream and added to it: (B, T, C) -> (B, T, C)."""
-    x = x + dropout(attention(w, norm(x), ve, rotary, **settings), dropout_p)
-    return x + dropout(mlp(w, norm(x)), dropout_p)
-
-
-def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary, *, dropped: bool, **settings):
-    """A block of the trunk and the mixture before it; all streams are (B, T, C).
-
-    skip: the encoder output that a decoder layer adds (U-Net, arXiv 1505.04597), or None. lambdas: the scalar weights
-    of skip, x and x0. Of a layer dropped by stochastic depth the mixture remains.
-    """
-    skip_weight, resid_lambda, x0_lambda = lambdas
-    if skip is not None:
-        x = x + skip_weight * skip
-    x = resid_lambda * x + x0_lambda * x0
-    return x if dropped else block(w, x, ve, rotary, **settings)
-
-
-def value_embedding(w: dict[str, Tensor], i: int, tokens: Tensor, x0: Tensor) -> Tensor:
-    """What is added to the values of layer i, by tokens (B, T) or their embedding x0 (B, T, C) -> (B, T, C)."""
-    return F.linear(x0, w[f"ve_proj.{i}"]) if f"ve_proj.{i}" in w else F.embedding(tokens, w[f"ve_table.{i}"])
-
-
-def mtp_layer(w: dict[str, Tensor], z: Tensor, rotary, *, dropped: bool, **settings) -> Tensor:
-    """The block behind the prediction of the token after next: (B, T - 1, C) -> (B, T - 1, C), normed."""
-    return norm(z if dropped else block(w, z, None, rotary, **settings))
-
-
-def capped_logits(x: Tensor, lm_head: Tensor, vocab_size: int, cap: float) -> Tensor:
-    """x (..., C) -> soft-capped logits (..., V), float32 or wider (arXiv 2408.00118)."""
-    logits = F.linear(x, lm_head)[..., :vocab_size]
-    return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
-
-
-def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
-    """x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
-    logits = capped_logits(x, lm_head, vocab_size, cap)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
-
-CHUNK = 4096  # positions whose logits exist at a time in training on a GPU: enough to keep it busy
-CHUNK_ON_CPU = 128  # the same on a CPU: few enough to stay in its caches
-
-
-def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
-    """Loss of n positions with K targets each, and its gradient by the logits before their soft cap.
-
-    logits (n, padded V), targets (n, K) int64 (negative: none), weights (K,) float32 or wider -> the sum of weight *
-    nats over positions and targets, that of the first targets' nats, both () float32 or wider, and the gradient of the
-    former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on take no part.
-    """
-    bent = torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
-    capped = cap * bent
-    capped[:, vocab_size:] = -torch.inf
-    log_probs, slope = capped.log_softmax(-1), 1 - bent.square()
-    index, shares = targets.clamp_min(0), weights * (targets >= 0)
-    nats, total = -log_probs.gather(1, index), shares.sum(1, keepdim=True)
-    grad = (total * log_probs.exp() * slope).to(logits.dtype)
-    # Where the targets are, the difference is made before it is rounded; a token may be a target more than once.
-    wanted = (shares[:, None] * (index[:, :, None] == index[:, None])).sum(-1)
-    at_targets = (total * (-nats).exp() - wanted) * slope.gather(1, index)
-    grad = grad.scatter(1, index, at_targets.to(grad.dtype))
-    return (shares * nats).sum(), (nats * (targets >= 0))[:, 0].sum(), grad
-
-
-def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
-    """x (n, C), lm_head (padded V, C) -> the losses of capped_cross_entropy, their gradients by x and by lm_head."""
-    loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
-    return loss, first_loss, grad @ lm_head, grad.T @ x
-
-
-class HeadLoss(torch.autograd.Function):
-    """The head and the loss behind it, in chunks of positions whose gradients are made in the forward pass.
-
-    Autograd would keep the logits, and float32 copies of them, of all positions until the backward pass. So only a
-    chunk's exist at a time, and what is kept is the gradients, of x and, summed in float32, of the head.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, lm_head: Tensor, chunk, *others: Tensor):
-        """x (n, C), others (n, ...) what else a position needs, such as its targets.
-
-        chunk: (x, lm_head, *others) of some positions -> as head_chunk.
-        -> (Weighted sum of the losses, sum of the first targets' losses), both (); only the former has a gradient.
-        """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        losses, x_grad = torch.zeros(2, dtype=wide, device=x.device), torch.empty_like(x)
-        lm_head_grad = torch.zeros_like(lm_head, dtype=wide)
-        size = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, *(other[rows] for other in others))
-            losses += torch.stack(parts)
-            lm_head_grad += lm_head_part
-        ctx.save_for_backward(x_grad, lm_head_grad.to(lm_head.dtype))
-        loss, first_loss = losses.unbind()
-        ctx.mark_non_differentiable(first_loss)
-        return loss, first_loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        x_grad, lm_head_grad = ctx.saved_tensors
-        return x_grad * grad, lm_head_grad * grad, *(None for _ in ctx.needs_input_grad[2:])
-
-
-def draw_dropped(config: GPTConfig, replay: bool, *seed: int) -> list[bool] | None:
-    """Stochastic depth (arXiv 1603.09382): a flag per call of a block, the MTP block's last; None if it is off.
-
-    Layer i is dropped with probability stochastic_depth * i / (L - 1), the MTP block as if it were layer L. The draw
-    depends on `seed` (the run's seed, step, micro-step) alone, so it is the same in all processes.
-    """
-    if not config.stochastic_depth:
-        return None
-    layers = np.array([*config.layer_order(replay), config.n_layer])
-    chance = config.stochastic_depth * layers / (config.n_layer - 1)
-    return (np.random.default_rng(seed).random(len(layers)) < chance).tolist()
-
-
-# ======================================================================================================================
-# Parameters
-# ======================================================================================================================
+    v_hat = F.normalize(v, dim=-1, eps=1e-4)
+    along = (y * v_hat).sum(dim=-1, keepdim=True) * v_hat
+    return (y - along).to(y.dtype)
 
 
 class Attention(nn.Module):
-    """Parameters of an attention layer."""
+    """Multi-head attention with value embedding, rotary embedding and head gates. mix_heads is in its weights."""
 
-    def __init__(self, config: GPTConfig, value_embedding: bool):
+    def __init__(self, config: Config, layer: int, backend: str):
         super().__init__()
         C, H = config.n_embd, config.n_head
-        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
-        mixes = (nn.Parameter(torch.empty(H, H)) if config.head_mixes else None for _ in range(3))
-        self.q_mix, self.k_mix, self.v_mix = mixes
+        self.n_head = H
+        self.window = config.window(layer)
+        self.backend = backend
+        self.exclusive = config.exclusive
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.c_proj = nn.Linear(C, C, bias=False)
         self.attn_gate = nn.Linear(12, H, bias=False) if config.head_gates else None
-        self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
+        self.ve_gate = nn.Linear(32, H, bias=False) if config.has_value_embedding(layer) else None
+
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = self.qkv(x).view(B, T, 3, H, D).unbind(dim=2)  # each (B, T, H, D)
+        if ve is not None:  # value residual (arXiv 2410.17897)
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :32]))  # (B, T, H), starts at 1
+            v = v + gate.unsqueeze(-1) * ve.view(B, T, H, D)
+        q = norm(rotate(q, cos, sin)).to(v.dtype)
+        k = norm(rotate(k, cos, sin)).to(v.dtype)
+        y = attend(q, k, v, self.window, self.backend)  # (B, T, H, D)
+        if self.exclusive:
+            y = exclude_own_value(y, v)
+        if self.attn_gate is not None:
+            gate = torch.sigmoid(self.attn_gate(x[..., :12]))  # (B, T, H) (arXiv 2505.06708)
+            y = y * gate.unsqueeze(-1)
+        return self.c_proj(y.reshape(B, T, C))
 
 
-class MLP(nn.Module):
-    """Parameters of an MLP."""
+class SwiGLU(nn.Module):
+    """The MLP: a gated unit (arXiv 2002.05202)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: Config):
         super().__init__()
-        self.c_gate = nn.Linear(config.n_embd, config.hidden, bias=False) if config.mlp == "swiglu" else None
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.hidden, bias=False)
+        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # each (B, T, hidden)
+        return self.c_proj(F.silu(gate) * up)
+
+
+class SquaredReLU(nn.Module):
+    """The MLP of the first records (arXiv 2109.08668)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=False)
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
 
 class Block(nn.Module):
-    """Parameters of a transformer block."""
+    """Attention and MLP, each behind a norm and added to the stream."""
 
-    def __init__(self, config: GPTConfig, value_embedding: bool):
+    def __init__(self, config: Config, layer: int, backend: str):
         super().__init__()
-        self.attn = Attention(config, value_embedding)
-        self.mlp = MLP(config)
+        self.attn = Attention(config, layer, backend)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else SquaredReLU(config)
+        self.dropout = config.dropout
 
-    def sources(self) -> dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]:
-        """What each compute weight is made of: matrices, stacked by rows, each with the mix of its heads or None."""
-        attn, mlp = self.attn, self.mlp
-        sources = {
-            "qkv": [(attn.c_q.weight, attn.q_mix), (attn.c_k.weight, attn.k_mix), (attn.c_v.weight, attn.v_mix)],
-            "attn_proj": [(attn.c_proj.weight, None)],
-            "mlp_proj": [(mlp.c_proj.weight, None)],
-        }
-        if mlp.c_gate is None:
-            sources["up"] = [(mlp.c_fc.weight, None)]
-        else:
-            sources["gate_up"] = [(mlp.c_gate.weight, None), (mlp.c_fc.weight, None)]
-        gates = {"attn_gate": attn.attn_gate, "ve_gate": attn.ve_gate}
-        return sources | {name: [(gate.weight, None)] for name, gate in gates.items() if gate is not None}
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        x = x + dropout(self.attn(norm(x), ve, cos, sin), p)
+        return x + dropout(self.mlp(norm(x)), p)
 
 
-def mix_heads(weight: Tensor, mix: Tensor | None) -> Tensor:
-    """Interleaved Head Attention (arXiv 2602.21371): W_mixed[h] = sum_m mix[h, m] W[m], W[m] the D rows of head m."""
-    return weight if mix is None else (mix @ weight.view(mix.size(1), -1)).view_as(weight)
+# ======================================================================================================================
+# What is compiled: layers of a kind share a graph
+# ======================================================================================================================
 
 
-def take_gradient(total: Tensor, leaf: Tensor) -> None:
-    """Add a leaf's gradient to a sum and drop it, as soon as it is there (a hook).
+def run_layer(
+    block: Block,
+    x: Tensor,
+    x0: Tensor,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
+    resid_lambda: Tensor,
+    x0_lambda: Tensor,
+    ve: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    is_dropped: bool,
+) -> Tensor:
+    """A layer of the trunk: streams x, x0, skip (B, T, C), weights () -> (B, T, C).
 
-    The sum may be of a wider dtype; a .grad of another dtype than its tensor's, grad_dtype, cannot be compiled.
+    skip is what a layer of the second half adds from the first (U-Net, arXiv 1505.04597). A dropped layer still applies
+    the skip and the residual mix.
     """
-    total.add_(leaf.grad)
-    leaf.grad = None
+    if skip is not None:
+        x = x + skip_weight * skip
+    x = resid_lambda * x + x0_lambda * x0
+    return x if is_dropped else block(x, ve, cos, sin)
 
 
-class ComputeWeights:
-    """The weights that the forward pass reads, made from the masters once per optimizer step.
+def run_mtp_layer(block: Block, z: Tensor, cos: Tensor, sin: Tensor, is_dropped: bool) -> Tensor:
+    """The block of multi-token prediction: z (B, T - 1, C) -> (B, T - 1, C), normed."""
+    return norm(z if is_dropped else block(z, None, cos, sin))
 
-    `tensors` are leaves of the compute dtype. Their gradients are summed, float32 or wider, over any number of backward
-    passes. `refresh` makes them from the masters. `pull_back` adds the sums to the masters' `.grad`, by the transposed
-    map, and clears them. The map is linear in the matrices and in the mixes, so one `pull_back` serves all backward
-    passes since the last `refresh`.
-    """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, requires_grad: bool = True):
-        self.sources, self.tensors, self.sums = model.sources(), {}, {}
-        for unit, weights in self.sources.items():
-            self.tensors[unit] = {}
-            for name, parts in weights.items():
-                master = parts[0][0]
-                shape = (sum(part.size(0) for part, _ in parts), *master.shape[1:])
-                leaf_dtype = dtype if master.ndim == 2 else master.dtype  # the lambdas are kept as they are
-                leaf = torch.zeros(shape, dtype=leaf_dtype, device=master.device, requires_grad=requires_grad)
-                self.tensors[unit][name] = leaf
-                if requires_grad:
-                    self.sums[leaf] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf_dtype, torch.float32))
-                    # not a method: the garbage collector does not see a cycle through a hook, and would free nothing
-                    leaf.register_post_accumulate_grad_hook(partial(take_gradient, self.sums[leaf]))
+def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
+    """Next-token loss in validation: x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
+    logits = soft_cap(F.linear(x, lm_head)[..., :vocab_size], cap)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
-    def _rows(self):
-        """Every master, its mix, and the rows of the compute weight that it fills."""
-        for unit, weights in self.sources.items():
-            for name, parts in weights.items():
-                row = 0
-                for master, mix in parts:
-                    yield master, mix, self.tensors[unit][name], slice(row, row := row + master.size(0))
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        for master, mix, leaf, rows in self._rows():
-            leaf[rows].copy_(mix_heads(master, mix))
-
-    @torch.no_grad()
-    def pull_back(self) -> None:
-        for master, mix, leaf, rows in self._rows():
-            grad = self.sums[leaf][rows]
-            if mix is None:
-                master.grad.add_(grad)
-            else:
-                heads = mix.size(0)
-                master.grad.add_((mix.T @ grad.view(heads, -1)).view_as(master))
-                mix.grad.add_(grad.view(heads, -1) @ master.view(heads, -1).T)
-        self.clear_gradients()
-
-    def clear_gradients(self) -> None:
-        for gradient in self.sums.values():
-            gradient.zero_()
+def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
+    """Some positions' part of HeadLoss: x (n, C), lm_head (padded V, C), targets (n, 1) int64."""
+    loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
+    return loss, first_loss, grad @ lm_head, grad.T @ x
 
 
 # ======================================================================================================================
@@ -483,206 +279,154 @@ class ComputeWeights:
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer with U-Net skips, value embeddings, mixed and gated heads, layer replay and MTP.
+    """Decoder-only transformer: a U-Net of blocks. Late in training some of its layers are replayed.
 
-    What the config leaves out has no parameters, and so no compute weights: the forward pass uses what is there.
+    The parameters are not initialized: they are compute weights, and come from masters.
     """
 
-    def __init__(self, config: GPTConfig, attention: str = "sdpa"):
+    def __init__(self, config: Config, dtype: torch.dtype, attention: str = "sdpa"):
+        """attention: the backend of slowrun.kernels.attend."""
         super().__init__()
-        self.config, self.backend, L, C = config, attention, config.n_layer, config.n_embd
+        self.config = config
+        L, C, padded_vocab = config.n_layer, config.n_embd, config.padded_vocab
         with_ve = [i for i in range(L) if config.has_value_embedding(i)]
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab, C),
-                "h": nn.ModuleList(Block(config, i in with_ve) for i in range(L)),
-            }
-        )
-        self.lm_head = nn.Linear(C, config.padded_vocab, bias=False)
-        self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.empty(L)), nn.Parameter(torch.empty(L))
-        self.skip_weights = nn.Parameter(torch.empty(L // 2)) if config.u_net else None
-        self.ve_projs, self.ve_tables = nn.ModuleDict(), nn.ModuleDict()
-        for i in map(str, with_ve):
-            if config.value_embedding == "projection":
-                self.ve_projs[i] = nn.Linear(C, C, bias=False)
-            else:
-                self.ve_tables[i] = nn.Embedding(config.padded_vocab, C)
+        wte = nn.Embedding(padded_vocab, C)
+        blocks = nn.ModuleList(Block(config, i, attention) for i in range(L))
+        self.transformer = nn.ModuleDict({"wte": wte, "h": blocks})
+        if config.value_embedding == "projection":
+            self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in with_ve})
+        else:
+            self.ve_tables = nn.ModuleDict({str(i): nn.Embedding(padded_vocab, C) for i in with_ve})
         if config.mtp_weight:
             self.mtp_proj = nn.Linear(2 * C, C, bias=False)
-            self.mtp_block = Block(config, value_embedding=False)
-        self._layer, self._mtp_layer = layer, mtp_layer
-        self._cross_entropy, self._head_chunk = cross_entropy, head_chunk
-        self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
+            self.mtp_block = Block(config, L, attention)  # as layer L: a full window, no value embedding
+        self.lm_head = nn.Linear(C, padded_vocab, bias=False)
+        self.to(dtype)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Fill every parameter, drawing from torch's default generator for the parameters' device."""
-        C = self.config.n_embd
-        for name, p in self.named_parameters():
-            kind = "ve" if name.startswith(("ve_projs.", "ve_tables.")) else name.removesuffix(".weight").split(".")[-1]
-            if kind == "wte":
-                p.normal_()
-            elif kind == "lm_head":
-                p.normal_(std=0.001)
-            elif kind in ("c_q", "c_k", "c_v", "c_gate", "c_fc", "ve", "mtp_proj"):
-                p.uniform_(-math.sqrt(3 / C), math.sqrt(3 / C))
-            elif kind == "c_proj" and self.config.proj_init == "normal":
-                p.normal_(std=1 / math.sqrt(C))
-            elif kind in ("ve_gate", "attn_gate", "c_proj"):
-                p.zero_()
-            elif kind in ("q_mix", "k_mix", "v_mix"):
-                p.copy_(torch.eye(p.size(0)))
-            else:
-                p.fill_({"resid_lambdas": 1.0, "x0_lambdas": 0.1, "skip_weights": 1.0}[kind])
+        # Scalars, rotary angles and logits stay in float32, because bfloat16 is too coarse for them.
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.resid_lambdas = nn.Parameter(torch.empty(L, dtype=self.wide))
+        self.x0_lambdas = nn.Parameter(torch.empty(L, dtype=self.wide))
+        if config.u_net:
+            self.skip_weights = nn.Parameter(torch.empty(L // 2, dtype=self.wide))
+        cos, sin = rotary_tables(config, self.wide)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+        self.run_layer = run_layer
+        self.run_mtp_layer = run_mtp_layer
+        self.head_chunk = head_chunk
+        self.cross_entropy = cross_entropy
 
     def compile_layers(self) -> None:
-        """Compile per layer: layers of a kind share one graph, and gradients become available during backward."""
-        functions = (layer, mtp_layer, cross_entropy, head_chunk)
-        self._layer, self._mtp_layer, self._cross_entropy, self._head_chunk = (
-            torch.compile(function, dynamic=False, fullgraph=True) for function in functions
-        )
+        """Compile layer by layer: gradients become available during the backward pass, and the graphs are few."""
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+        self.run_layer = compiled(run_layer)
+        self.run_mtp_layer = compiled(run_mtp_layer)
+        self.head_chunk = compiled(head_chunk)
+        self.cross_entropy = compiled(cross_entropy)
 
-    def sources(self) -> dict[str, dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]]:
-        """What every compute weight is made of, by unit; see Block.sources."""
-        io = {name: [(p, None)] for name, p in self.named_parameters(recurse=False)}
-        io |= {"wte": [(self.transformer.wte.weight, None)], "lm_head": [(self.lm_head.weight, None)]}
-        io |= {f"ve_proj.{i}": [(projection.weight, None)] for i, projection in self.ve_projs.items()}
-        io |= {f"ve_table.{i}": [(table.weight, None)] for i, table in self.ve_tables.items()}
-        units = {"io": io} | {f"h.{i}": h.sources() for i, h in enumerate(self.transformer.h)}
-        if self.config.mtp_weight:
-            io["mtp_proj"] = [(self.mtp_proj.weight, None)]
-            units["mtp_block"] = self.mtp_block.sources()
-        return units
+    def value_embeddings(self, tokens: Tensor, x0: Tensor) -> dict[int, Tensor]:
+        """What some layers add to their values, by layer: each (B, T, C). A replayed layer uses its own again."""
+        if self.config.value_embedding == "projection":
+            return {int(i): project(x0) for i, project in self.ve_projs.items()}
+        return {int(i): table(tokens) for i, table in self.ve_tables.items()}
 
-    def weights(self) -> Weights:
-        """Compute weights made on the fly: in the masters' dtype, differentiable with respect to them."""
-        return {
-            unit: {name: torch.cat([mix_heads(*part) for part in parts]) for name, parts in weights.items()}
-            for unit, weights in self.sources().items()
-        }
+    def forward(self, tokens: Tensor, replay: bool, dropped: Collection[int] = ()) -> Tensor:
+        """tokens (B, T) int64 -> final stream (B, T, C), normed.
 
-    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        """The tables for `length` positions, made once per device and dtype."""
-        where, config = (self.x0_lambdas.device, self.x0_lambdas.dtype), self.config
-        if where not in self._rotary:
-            self._rotary[where] = rotary_tables(config.sequence_len, config.n_embd // config.n_head, *where)
-        cos, sin = self._rotary[where]
-        return cos[:length], sin[:length]
-
-    def _settings(self, window: int) -> dict:
-        settings = {"window": window, "exclusive": self.config.exclusive, "backend": self.backend}
-        return settings | {"n_head": self.config.n_head, "dropout_p": self.config.dropout if self.training else 0.0}
-
-    def trunk(self, w: Weights, tokens: Tensor, replay: bool = False, dropped: list[bool] | None = None) -> Tensor:
-        """tokens (B, T) int64 -> final normed stream (B, T, C). dropped: a flag per layer call, see draw_dropped."""
-        config, io, E = self.config, w["io"], self.config.n_layer // 2
-        x = x0 = norm(F.embedding(tokens, io["wte"]))
-        rotary = self.rotary(tokens.size(1))
-        resid, from_x0 = io["resid_lambdas"].unbind(), io["x0_lambdas"].unbind()
-        skips = io["skip_weights"].unbind() if config.u_net else ()
-        encoded: list[Tensor] = []
-        ve: dict[int, Tensor] = {}  # value embeddings, which a replayed layer shares with its first run
-        for call, i in enumerate(config.layer_order(replay)):
-            if config.has_value_embedding(i) and i not in ve:
-                ve[i] = value_embedding(io, i, tokens, x0)
-            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if skips and i >= E else (None, None)
-            lambdas, is_dropped = (skip_weight, resid[i], from_x0[i]), dropped is not None and dropped[call]
-            settings = self._settings(config.window(i))
-            x = self._layer(w[f"h.{i}"], x, x0, skip, lambdas, ve.get(i), rotary, dropped=is_dropped, **settings)
+        replay: whether layers replay_start ... replay_end - 1 run again, with their skips, lambdas and value
+        embeddings. dropped: the calls, counted from 0, whose block is skipped; the skip and the lambdas still apply.
+        """
+        T = tokens.size(1)
+        cos, sin = self.cos[:T], self.sin[:T]
+        x0 = norm(self.transformer.wte(tokens))  # (B, T, C)
+        ve = self.value_embeddings(tokens, x0)
+        resid_lambdas, x0_lambdas = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
+        skip_weights = self.skip_weights.unbind() if self.config.u_net else ()
+        L = self.config.n_layer
+        E = L // 2  # the first E layers are the encoder of the U-Net
+        encoded = []
+        x = x0
+        for call, i in enumerate(self.config.layer_order(replay)):
+            has_skip = self.config.u_net and i >= E
+            skip = encoded[L - 1 - i] if has_skip else None  # a replayed layer reads it again
+            skip_weight = skip_weights[i - E] if has_skip else None
+            block = self.transformer.h[i]
+            mix = skip, skip_weight, resid_lambdas[i], x0_lambdas[i]
+            x = self.run_layer(block, x, x0, *mix, ve.get(i), cos, sin, is_dropped=call in dropped)
             if i < E:
                 encoded.append(x)
         return norm(x)
 
-    def training_loss(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, replay=False, dropped=None):
-        """Mean next-token loss plus mtp_weight times that of the token after next (one extra block, arXiv 2412.19437).
+    def token_losses(self, tokens: Tensor, targets: Tensor, replay: bool) -> Tensor:
+        """Next-token cross-entropy: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
+        x = self(tokens, replay)
+        return self.cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size, self.config.logit_cap)
 
-        tokens, targets (B, T) int64 -> (this sum, the next-token loss), both () float32 or wider, nats per token.
-        """
-        config, w = self.config, w or self.weights()
-        x = self.trunk(w, tokens, replay, dropped)
-        lm_loss = self.head_loss(w, x, targets)
-        if not config.mtp_weight:
-            return lm_loss, lm_loss
-        return lm_loss + config.mtp_weight * self.mtp_loss(w, x, targets, dropped), lm_loss
-
-    def mtp_loss(self, w: Weights, x: Tensor, targets: Tensor, dropped: list[bool] | None) -> Tensor:
-        """Mean loss on the token after next: final stream x (B, T, C), targets (B, T) -> (), nats per token."""
-        next_embedding = norm(F.embedding(targets[:, :-1], w["io"]["wte"]))
-        z = F.linear(torch.cat([x[:, :-1], next_embedding], dim=-1), w["io"]["mtp_proj"])  # of (B, T - 1, 2 C)
-        is_dropped, settings = dropped is not None and dropped[-1], self._settings(self.config.sequence_len)
-        z = self._mtp_layer(w["mtp_block"], z, self.rotary(z.size(1)), dropped=is_dropped, **settings)
-        return self.head_loss(w, z, targets[:, 1:])
-
-    def head_loss(self, w: Weights, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""
-        settings = {"vocab_size": self.config.vocab_size, "cap": self.config.logit_cap}
-        weights = torch.ones(1, dtype=self.x0_lambdas.dtype, device=x.device)
-        chunk = partial(self._head_chunk, weights=weights, **settings)
-        return HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, targets.reshape(-1, 1))[0] / targets.numel()
-
-    def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, **how) -> Tensor:
-        """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
-        w = w or self.weights()
-        x = self.trunk(w, tokens, **how)
-        return self._cross_entropy(x, w["io"]["lm_head"], targets, self.config.vocab_size, self.config.logit_cap)
-
-    def log_probs(self, tokens: Tensor, w: Weights | None = None, **how) -> Tensor:
+    def log_probs(self, tokens: Tensor, replay: bool) -> Tensor:
         """tokens (B, T) int64 -> log-probabilities of the next token (B, T, V), float32 or wider."""
-        w = w or self.weights()
-        x = self.trunk(w, tokens, **how)
-        return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
+        logits = self.lm_head(self(tokens, replay))[..., : self.config.vocab_size]
+        return soft_cap(logits, self.config.logit_cap).log_softmax(-1)
+
+    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""
+        chunk = partial(
+            self.head_chunk,
+            weights=torch.ones(1, dtype=self.wide, device=x.device),
+            vocab_size=self.config.vocab_size,
+            cap=self.config.logit_cap,
+        )
+        loss, _ = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, chunk, targets.reshape(-1, 1))
+        return loss / targets.numel()
+
+    def training_loss(
+        self, tokens: Tensor, targets: Tensor, replay: bool, dropped: Collection[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Multi-token prediction with one extra block (arXiv 2412.19437).
+
+        tokens, targets (B, T) int64; replay, dropped: as in forward -> (the weighted loss, the next-token loss), both
+        () in nats per token. At position t < T - 1 the extra block reads the final stream and the embedding of target
+        t, and predicts target t + 1.
+        """
+        T = tokens.size(1)
+        x = self(tokens, replay, dropped)  # (B, T, C)
+        next_token_loss = self.head_loss(x, targets)
+        if not self.config.mtp_weight:
+            return next_token_loss, next_token_loss.detach()
+
+        next_embedding = norm(self.transformer.wte(targets[:, :-1]))  # (B, T - 1, C)
+        z = self.mtp_proj(torch.cat([x[:, :-1], next_embedding], dim=-1))  # (B, T - 1, C)
+        is_dropped = len(self.config.layer_order(replay)) in dropped  # its call comes after those of the layers
+        z = self.run_mtp_layer(self.mtp_block, z, self.cos[: T - 1], self.sin[: T - 1], is_dropped)
+        mtp_loss = self.head_loss(z, targets[:, 1:])
+        return next_token_loss + self.config.mtp_weight * mtp_loss, next_token_loss.detach()
 
 
-def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
-    """A model for a device, its parameters not filled yet: float32 or wider, embeddings of the compute dtype."""
-    with torch.device("meta"):
-        model = GPT(config, **kernels).to(torch.promote_types(dtype, torch.float32))
-        for table in (model.transformer.wte, model.ve_tables):
-            table.to(dtype)
-    return model.to_empty(device=device)
+def draw_dropped(config: Config, replay: bool, step: int, micro_step: int) -> set[int]:
+    """Stochastic depth (arXiv 1603.09382): the calls whose block a micro-step skips, on all virtual ranks.
 
-
-# ======================================================================================================================
-# The model on a machine: operations, memory, attention
-# ======================================================================================================================
-
-
-def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """A backend of `attend`: varlen where it runs, else sdpa; ValueError if varlen is wanted and does not run."""
-    D = config.n_embd // config.n_head
-    able = has_bfloat16(device) and dtype == torch.bfloat16 and D <= 256 and D % 8 == 0
-    needs = "a GPU of compute capability 8.0, bfloat16, and heads of 8, 16, ... 256 channels"
-    require(able or wanted != "varlen", f"--attention varlen needs {needs}")
-    return wanted if wanted != "auto" else "varlen" if able else "sdpa"
-
-
-def attention_error(config: GPTConfig, device: torch.device, backend: str) -> float:
-    """Largest error of a backend in bfloat16, of its output and gradients on random q, k, v in the model's windows.
-
-    The reference is sdpa in float32; an error is relative to the largest value.
+    The block of layer i is skipped with probability stochastic_depth * i / (L - 1), drawn anew for every call; the MTP
+    block counts as layer L.
     """
-    generator, worst = torch.Generator(device).manual_seed(0), 0.0
-    shape = (4, 2, config.sequence_len, config.n_head, config.n_embd // config.n_head)
-    *qkv, weight = torch.randn(shape, generator=generator, device=device).bfloat16()
-    for window in {config.window(i) for i in range(config.n_layer)}:
-        results = []
-        for name, dtype in ((backend, torch.bfloat16), ("sdpa", torch.float32)):
-            inputs = [t.to(dtype).requires_grad_() for t in qkv]
-            output = attend(*inputs, window, name)
-            results.append([output, *torch.autograd.grad(output, inputs, weight.to(dtype))])
-        for found, expected in zip(*results, strict=True):
-            worst = max(worst, ((found.float() - expected).abs().max() / expected.abs().max()).item())
-    return worst
+    if not config.stochastic_depth:
+        return set()
+    layers = np.array([*config.layer_order(replay), config.n_layer])  # by call; the last is the MTP block
+    probability = config.stochastic_depth * layers / (config.n_layer - 1)
+    draws = np.random.default_rng((config.seed, step, micro_step)).random(len(layers))
+    return set(np.flatnonzero(draws < probability).tolist())
 
 
-def flops_per_token(config: GPTConfig, replay: bool) -> float:
-    """Floating-point operations of forward and backward per token: matrix products and attention, replays counted."""
-    C, T, order = config.n_embd, config.sequence_len, config.layer_order(replay)
-    per_block = 4 * C * C + config.mlp_elements  # elements of its matrices
-    projections = sum(map(config.has_value_embedding, range(config.n_layer))) * (config.value_embedding == "projection")
-    weights = per_block * len(order) + C * C * projections
-    keys = sum(w - w * w / (2 * T) for w in map(config.window, order))  # that the average position attends to
-    heads = 1
-    if config.mtp_weight:
-        weights, keys, heads = weights + per_block + 2 * C * C, keys + T / 2, 2
-    return 6 * (weights + heads * C * config.padded_vocab) + 12 * C * keys
+def flops_per_token(config: Config, replay: bool) -> float:
+    """Floating-point operations of forward and backward per token: matrix products and attention."""
+    C, T, L = config.n_embd, config.sequence_len, config.n_layer
+    layers = config.layer_order(replay)
+    per_block = 4 * C * C + config.mlp_elements
+    projections = sum(config.has_value_embedding(i) for i in range(L)) * (config.value_embedding == "projection")
+    windows = [config.window(i) for i in layers]
+    keys = sum(w - w * w / (2 * T) for w in windows)  # that the average position attends to, over all layers
+    elements = per_block * len(layers) + projections * C * C + C * config.padded_vocab
+    if config.mtp_weight:  # a block with a full window, a projection, and the head again
+        elements += per_block + 2 * C * C + C * config.padded_vocab
+        keys += T / 2
+    return 6 * elements + 12 * C * keys

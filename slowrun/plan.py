@@ -70,7 +70,6 @@ class Sizes:
     parameters: int
     layers: int  # of the trunk
     layer_parameters: float  # of the average layer of the trunk
-    table_parameters: int  # of embeddings and the head
     state_elements: int  # of the optimizer, and of averages, over all processes
     moved_parameters: int  # that the meta-gradient moves; 0 without it
     master_bytes: int

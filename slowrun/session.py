@@ -349,7 +349,7 @@ class Session:
         return nats
 
     def validate(self, readout: str, losses: TokenLosses | Nats) -> bool:
-        """Score the validation set under this name, for the log and the curve; False if a signal came before the end."""
+        """Score the validation set under this name, log it and draw it; False if a signal came before the end."""
         if readout in self.scores:
             return True
         if not self.read_out(readout, losses):
@@ -801,6 +801,19 @@ def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> 
                 f"{saved['folder']} was started on other data (fineweb_{split}.pt was {then[:12]}..., and that of "
                 f"{data_dir} is {now[:12]}...): give its --data-dir"
             )
+
+
+def finished_run(run_dir: Path, track: str) -> tuple[dict, dict]:
+    """(config.json, final/members.json) of a finished run; ValueError if it is one of another track."""
+    saved = json.loads((run_dir / "config.json").read_text())
+    if saved["track"] != track:
+        raise ValueError(f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
+    return saved, json.loads((run_dir / "final" / "members.json").read_text())
+
+
+def load_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a member, on the CPU, in float32 or wider, as compute weights are made from."""
+    return {name: p.to(torch.promote_types(dtype, torch.float32)) for name, p in load_file(path).items()}
 
 
 def exit_code(main: Callable[[], int], script: str) -> int:

@@ -13,8 +13,11 @@ Weights = dict[str, Tensor]  # by name
 
 def unit_weights(masters: Weights, unit: str, make: Callable[[Weights], Weights]) -> Weights:
     """The compute weights of one unit, such as a block; all names begin with `unit`."""
-    made = make({name.removeprefix(unit): master for name, master in masters.items() if name.startswith(unit)})
-    return {unit + name: weight for name, weight in made.items()}
+    wide = {}  # masters may be stored in a narrow dtype
+    for name, master in masters.items():
+        if name.startswith(unit):
+            wide[name.removeprefix(unit)] = master.to(torch.promote_types(master.dtype, torch.float32))
+    return {unit + name: weight for name, weight in make(wide).items()}
 
 
 def compute_weights(masters: Weights, units: Iterable[str], make: Callable[[Weights], Weights]) -> Weights:
