@@ -624,7 +624,7 @@ class Training:
         rank does this alone, so the number of processes makes no difference. sequences (n, T + 1) int64.
         """
         grads = self.shards.grads
-        weight = 1 / (VIRTUAL_RANKS * len(sequences))  # of a sequence
+        weight = 1 / (VIRTUAL_RANKS * (len(sequences) // self.config.piece))  # of the mean loss of a piece
         self.weights.refresh(self.masters)
         if not self.config.meta_gradient:
             losses = self.backward(step, virtual_rank, sequences, values, weight)
@@ -657,7 +657,7 @@ class Training:
     def backward(
         self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_piece: int = 0
     ) -> Tensor:
-        """Accumulate the gradient in the model -> the losses (2,); both of the sequences' mean losses times weight.
+        """Accumulate the gradient of weight * loss over pieces in the model -> the sums of weight * losses (2,).
 
         sequences (n, T + 1) int64. Dropout is seeded by what is computed, whichever process computes it; stochastic
         depth is drawn for a micro-step, and the same on all virtual ranks.
@@ -671,7 +671,7 @@ class Training:
                 self.world.seed(seed_of(c.seed, step, virtual_rank, piece, i))
                 tokens, targets = micro_batch[:, :-1], micro_batch[:, 1:]
                 loss, next_token_loss = self.model.training_loss(tokens, targets, values.replay, dropped)
-                part = weight * len(micro_batch)
+                part = weight * len(micro_batch) / len(rows)
                 (part * loss).backward()
                 totals += part * torch.stack([loss.detach(), next_token_loss])
         return totals
