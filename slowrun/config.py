@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from slowrun.data import read_json
+from slowrun.machine import profile_ranges
 
 RESUME_MAY_CHANGE = {  # these do not change the result
-    "data_dir", "eval_batch", "checkpoint_min", "checkpoints", "log_every", "wandb",
+    "data_dir", "eval_batch", "checkpoint_min", "checkpoints", "log_every", "profile_steps", "wandb",
 }  # fmt: skip
 
 
@@ -42,6 +43,7 @@ class RunConfig:
     checkpoint_min: float = 10.0  # minutes between checkpoints, besides those at the ends of epochs
     checkpoints: bool = True  # write checkpoints; without them a run that is stopped begins anew
     log_every: int = 10  # steps between printed lines
+    profile_steps: str = ""  # steps, counted from 1, that torch.profiler records, such as 4-5,9-9; empty for none
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: where WANDB_API_KEY is set
     runs_dir: str = "runs"  # where run folders are made
     run_name: str = ""  # name of the run folder; empty for track, time and seed
@@ -51,6 +53,7 @@ class RunConfig:
             require_at_least(self, name, 1)
         for name in ("seed", "time_cap_min", "checkpoint_min"):
             require_at_least(self, name, 0)
+        profile_ranges(self.profile_steps)
         if self.run_name == ".." or Path(self.run_name).name != self.run_name:
             raise ValueError(
                 f"--run-name {self.run_name} is not the name of a folder: --runs-dir says where it is made"
@@ -155,6 +158,15 @@ def demo_of_record(config_class: type, demo: dict, settings: dict) -> dict:
 # --------------------------------------------------------------------------------------------------- command line
 
 
+@dataclass(frozen=True)
+class CommandLine:
+    """What a command line says."""
+
+    values: dict  # the fields that are given, by flags, --record or --demo
+    resume: str | None  # the run folder to resume
+    plan: str | None  # the file to write a plan to
+
+
 def parse_flags(
     track: str,
     config_class: type[RunConfig],
@@ -163,8 +175,8 @@ def parse_flags(
     script: Path,
     description: str,
     record_sizes: Callable[[dict], dict] | None = None,
-) -> tuple[dict, str | None]:
-    """Command line -> (the fields that were given, the run folder to resume or None).
+) -> CommandLine:
+    """Read the command line (sys.argv for None).
 
     --record stands for the settings of a published record, --demo for the values in `demo`; flags override both.
     Together they give record_sizes(settings), by default demo_of_record. --list-records prints and exits.
@@ -173,22 +185,25 @@ def parse_flags(
     is_demo = given.pop("demo")
     resume = given.pop("resume")
     record = given.pop("record")
+    plan = given.pop("plan")
     if given.pop("list_records"):
         if os.environ.get("RANK", "0") == "0":
             print(list_records(records_folder(track, script)))
         raise SystemExit(0)
-    if record is None:
-        return (demo | given if is_demo else given), resume
-    if resume is not None:
-        raise ValueError("--record is for a new run: --resume goes on with the run's own settings")
-    settings = read_record(config_class, records_folder(track, script), record)
-    if is_demo:
-        settings |= record_sizes(settings) if record_sizes else demo_of_record(config_class, demo, settings)
-    return settings | given, resume
+    if resume is not None and (record is not None or plan is not None):
+        raise ValueError("--record and --plan are for a new run: --resume goes on with the run's own settings")
+    settings = {}
+    if record is not None:
+        settings = read_record(config_class, records_folder(track, script), record)
+        if is_demo:
+            settings |= record_sizes(settings) if record_sizes else demo_of_record(config_class, demo, settings)
+    elif is_demo:
+        settings = demo
+    return CommandLine(settings | given, resume, plan)
 
 
 def make_parser(config_class: type[RunConfig], description: str) -> argparse.ArgumentParser:
-    """A parser that returns only the fields that were given, and demo, resume, record and list_records."""
+    """A parser that returns only the fields that were given, and demo, resume, record, list_records and plan."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--demo] [--record N | --resume RUN_DIR] [--FLAG VALUE ...]",
         description=description,
@@ -201,6 +216,9 @@ def make_parser(config_class: type[RunConfig], description: str) -> argparse.Arg
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     parser.add_argument("--record", metavar="N", type=int, help="train published record N of this track")
     parser.add_argument("--list-records", action="store_true", help="show the records of this track, and exit")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="write the stages, steps, operations and bytes of the run as JSON, and exit"
+    )
     comments = field_comments(config_class)
     for name, hint in field_types(config_class).items():
         text = f"{comments[name]} [{getattr(config_class, name)}]".replace("%", "%%")

@@ -144,6 +144,12 @@ def load_splits(data_dir: str, vocab_size: int, sequence_len: int) -> dict[str, 
     return {name: load_split(data_dir, name, vocab_size, sequence_len) for name in names}
 
 
+def unread_split(num_tokens: int) -> Split:
+    """A stand-in for a split that is not there: tokens that take no memory, in documents of 1,000. For plans."""
+    tokens = np.broadcast_to(np.uint16(0), num_tokens)
+    return Split(tokens, np.arange(0, num_tokens, 1000), SEQ_SHUFFLE_SEEDS["train"], sha256="")
+
+
 def token_bytes(data_dir: str, vocab_size: int) -> tuple[Tensor | None, str]:
     """(The length in bytes of every token, 0 for the BOS: (V,) int64; where it is from).
 

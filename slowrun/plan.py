@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from slowrun.machine import GIB
 from slowrun.world import VIRTUAL_RANKS
 
 
@@ -127,3 +128,67 @@ class Sizes:
             "activations": 2 * passes * self.pass_positions * self.layer_bytes * stage.backward_layers,
             "logits": 4 * passes * self.pass_positions * self.padded_vocab * item * stage.heads,
         }
+
+
+def describe_stages(plan: StepPlan, sizes: Sizes, world_size: int) -> list[dict]:
+    """The stages of a plan in order, as JSON; bytes are those of a process.
+
+    A stage ends where the number of tokens of a step changes, too.
+    """
+    tokens = np.diff(plan.tokens)
+    starts = sorted({*plan.stages, *(int(step) + 1 for step in np.flatnonzero(np.diff(tokens)))})
+    described = []
+    for start, end in zip(starts, [*starts[1:], plan.num_steps], strict=True):
+        stage = plan.stages[max(step for step in plan.stages if step <= start)]
+        per_step = int(tokens[start])
+        described.append(
+            {
+                "stage": stage.name,
+                "from_step": start + 1,
+                "steps": end - start,
+                "tokens_per_step": per_step,
+                "flops_per_token": stage.flops_per_token,
+                "flops_per_step": stage.flops_per_token * per_step,
+                "moved_bytes": sizes.moved_bytes(world_size, stage, per_step),
+                "held_bytes": sizes.held_bytes(world_size, stage),
+            }
+        )
+    return described
+
+
+def describe(plan: StepPlan, sizes: Sizes, world_size: int, checkpoints: bool) -> dict:
+    """A plan as JSON, for tools."""
+    stages = list(plan.stages.values())
+    memory = {
+        str(size): max(sum(sizes.held_bytes(size, stage).values()) for stage in stages) / GIB for size in (1, 2, 4, 8)
+    }
+    disk = {
+        "member": sizes.member_bytes / GIB,
+        "checkpoint": sizes.checkpoint_bytes / GIB,
+        "most": sizes.disk_bytes(checkpoints) / GIB,
+    }
+    return {
+        "parameters": sizes.parameters,
+        "num_steps": plan.num_steps,
+        "tokens": int(plan.tokens[-1]),
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "virtual_ranks": VIRTUAL_RANKS,
+        "world_size": world_size,
+        "stages": describe_stages(plan, sizes, world_size),
+        "memory_gib": memory,
+        "disk_gib": disk,
+        # gradients are summed and values gathered in float32; of 8 processes each sends and receives 7 parts of 8
+        "communication_bytes_of_8": 2 * 4 * sizes.parameters * (VIRTUAL_RANKS - 1) / VIRTUAL_RANKS,
+    }
+
+
+def summary(described: dict) -> str:
+    """Some lines on a plan that `describe` made."""
+    lines = [f"{described['num_steps']:,} steps, {described['tokens']:,} tokens"]
+    for stage in described["stages"]:
+        steps = f"from step {stage['from_step']:,}: {stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens"
+        lines.append(f"{stage['stage']:24} {steps}, {stage['flops_per_step'] / 1e15:,.3g} PFLOP each")
+    memory = ", ".join(f"{gib:.3g} on {size}" for size, gib in described["memory_gib"].items())
+    disk = described["disk_gib"]["most"]
+    lines.append(f"GiB of memory per process, estimated in {described['dtype']}: {memory}; of disk: {disk:.3g}")
+    return "\n".join(lines)

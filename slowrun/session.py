@@ -34,12 +34,22 @@ from slowrun import folder as run_folder
 from slowrun import rules
 from slowrun.clock import Clock
 from slowrun.config import RESUME_MAY_CHANGE, RunConfig, changed_fields, parse_flags
-from slowrun.data import Split, load_splits, read_json, sha256_file, token_bytes
+from slowrun.data import Split, load_split, load_splits, read_json, sha256_file, token_bytes, unread_split
 from slowrun.folder import RunFolder, try_to_write_json, write_atomically, write_json
-from slowrun.machine import GIB, compute_dtype, device_name, disk_space, peak_flops, peak_memory, total_memory
-from slowrun.plan import Sizes, StepPlan
+from slowrun.machine import (
+    GIB,
+    StepProfiler,
+    compute_dtype,
+    device_name,
+    disk_space,
+    peak_flops,
+    peak_memory,
+    profile_ranges,
+    total_memory,
+)
+from slowrun.plan import Sizes, StepPlan, describe, summary
 from slowrun.scoring import EvalSet, Score, TokenLosses, data_efficiency
-from slowrun.world import join
+from slowrun.world import World, join
 
 INITIAL = "initial"  # the validation before the first step, which is no readout
 Nats = dict[str, Tensor]  # by split, "val" and "holdout": what EvalSet.nats returns
@@ -116,7 +126,9 @@ class Session:
         self.track = track
         self.script = Path(script).resolve()
         description = sys.modules[config_class.__module__].__doc__
-        given, resumed = parse_flags(track, config_class, demo, argv, self.script, description, record_sizes)
+        line = parse_flags(track, config_class, demo, argv, self.script, description, record_sizes)
+        given, resumed = line.values, line.resume
+        self.plan_file = line.plan
         self.saved = None
         if resumed is None:
             self.config = config_class(**given)
@@ -124,6 +136,9 @@ class Session:
             saved = run_folder.read_config(Path(resumed))
             self.config = config_class(**saved["config"] | {k: given[k] for k in RESUME_MAY_CHANGE & given.keys()})
         c = self.config
+        if self.plan_file is not None:
+            self._prepare_plan()
+            return
         self.world = join(c.device)
         self.dtype = compute_dtype(c.dtype, self.world.device)
         if resumed is not None:
@@ -154,8 +169,53 @@ class Session:
         self.saved_step: int | None = None  # of the newest checkpoint
         self.save_failure = ""
         self.projection_at = 10  # the step after which the training time is projected
+        self.profiler = StepProfiler(profile_ranges(c.profile_steps), self.world.is_main, self.world.cuda)
         self.signal = ""
         self.signal_at = 0.0
+
+    def _prepare_plan(self) -> None:
+        """What --plan needs: as many processes as torchrun would start, and the training split or a stand-in for it.
+
+        bfloat16, as on the GPUs that a run is planned for, unless --dtype or --device cpu says otherwise.
+        """
+        c = self.config
+        cuda = torch.cuda.is_available() and c.device != "cpu"
+        self.world = World(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cuda" if cuda else "cpu"))
+        self.dtype = compute_dtype(c.dtype, self.world.device)
+        if c.dtype == "auto" and c.device != "cpu":
+            self.dtype = torch.bfloat16
+        self.has_data = (Path(c.data_dir) / "fineweb_train.pt").exists()
+        if self.has_data:
+            train = load_split(c.data_dir, "train", c.vocab_size, c.sequence_len)
+        else:
+            train = unread_split(rules.OFFICIAL_TRAIN_TOKENS)
+        self.splits = {"train": train}
+
+    def _write_plan(self, plan: StepPlan, sizes: Sizes, repeats: int) -> NoReturn:
+        """Write the plan and exit; ValueError if the file cannot be written."""
+        c, device = self.config, self.world.device
+        path = Path(c.data_dir) / "fineweb_train.pt"
+        data = str(path) if self.has_data else f"{rules.OFFICIAL_TRAIN_TOKENS:,} tokens, as {path} is not there"
+        content = {
+            "track": self.track,
+            "data": data,
+            "assumed_data": not self.has_data,
+            "repeats": repeats,
+            "time_cap_min": c.time_cap_min,
+            "vocab_size": c.vocab_size,
+            "sequence_len": c.sequence_len,
+            "device": {
+                "name": device_name(device),
+                "memory_gib": total_memory(device) / GIB,
+                "peak_flops": peak_flops(device),
+            },
+        } | describe(plan, sizes, self.world.size, c.checkpoints)
+        if os.environ.get("RANK", "0") == "0":
+            failure = try_to_write_json(Path(self.plan_file), content)
+            if failure:
+                raise ValueError(f"the plan is not written ({failure}): choose another --plan FILE")
+            print(f"NanoGPT Slowrun, {self.track} track, {data}: {summary(content)}\nwritten to {self.plan_file}")
+        raise SystemExit(0)
 
     def _load_splits(self) -> dict[str, Split]:
         """The splits. The main process goes first, so that one message says what is wrong with them."""
@@ -165,8 +225,13 @@ class Session:
         self.world.on_main(lambda: loaded.update(load_splits(*where)))
         return loaded or load_splits(*where)
 
-    def require(self, plan: StepPlan, sizes: Sizes) -> None:
-        """Refuse a run that cannot fit into memory or on the disk, before anything is allocated (ValueError)."""
+    def require(self, plan: StepPlan, sizes: Sizes, repeats: int = 1) -> None:
+        """Refuse a run that cannot fit into memory or on the disk, before anything is allocated (ValueError).
+
+        repeats: how often the run goes through the plan. With --plan it is written, and the process ends.
+        """
+        if self.plan_file is not None:
+            self._write_plan(plan, sizes, repeats)
         self.plan = plan
         self.sizes = sizes
         self.needed_bytes = self.world.on_main(self._check_memory)
@@ -306,9 +371,13 @@ class Session:
             self.stopped_by = "time_cap"
         if self.stopped_by or self.interrupted:
             self._read_losses(keep=0)
+            self.log(self.profiler.after_step(self.step, self.folder.path, is_last=True))
             self.clock.stop()
             return False
         self.clock.start()
+        if self.profiler.begins_with(self.step + 1):
+            self._read_losses(keep=0)
+            self.profiler.start(self.step + 1)
         return True
 
     def did_step(self, losses: dict[str, Tensor], values: dict[str, Any], batch: Tensor) -> None:
@@ -320,6 +389,7 @@ class Session:
         self.in_flight.append(StepInFlight(self.step, LossesInFlight(losses), values, batch))
         self.step += 1
         self._read_losses(keep=1 if self.world.cuda else 0)
+        self.log(self.profiler.after_step(self.step, self.folder.path))
         if self.step == self.projection_at:
             self._print_projection()
 
@@ -676,8 +746,9 @@ class Session:
         self.folder.close()
 
     def log(self, text: str) -> None:
-        """Print lines, and keep them in log.txt."""
-        self.folder.log(text)
+        """Print lines, and keep them in log.txt; nothing for an empty text."""
+        if text:
+            self.folder.log(text)
 
     def _header(self, wandb: str) -> str:
         c, world, plan, saved = self.config, self.world, self.plan, self.saved
