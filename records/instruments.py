@@ -24,6 +24,7 @@ from slowrun.folder import PACKAGE, instrument_sha256, write_json  # noqa: E402
 LIST = ROOT / "records" / "instruments.json"
 COMMAND = 'python records/instruments.py --add "what changed"'
 SCRIPT_MODULES = {"train", "model"}  # what a run's code/ has beside slowrun/
+CACHE = "__pycache__"
 IMPORTED_AT_START = {"sitecustomize", "usercustomize"}  # by Python itself, if it finds them
 
 # ======================================================================================================================
@@ -79,14 +80,15 @@ def copy_problems(code: Path) -> list[str]:
     package = code / PACKAGE.name
     if not package.is_dir():
         return ["code/ has no slowrun/: copy the run's code/ again, as a whole"]
-    stray = [path for path in package.iterdir() if path.name != "__pycache__" and not is_module(path)]
+    stray = [path for path in package.iterdir() if path.name != CACHE and not is_module(path)]
     problems = [f"code/slowrun/{path.name} is not a module of slowrun/: remove it" for path in sorted(stray)]
     for path in sorted(code.rglob("*")):
         is_outside = path != package and package not in path.parents
         if is_outside and path.stem == PACKAGE.name:
             problems.append(f"code/{path.relative_to(code).as_posix()} is a second slowrun: remove it")
     for path in sorted(code.iterdir()):
-        if path.suffix in ("", ".py") and shadows_a_module(path.stem):
+        is_importable = path.suffix == ".py" or path.is_dir()
+        if is_importable and shadows_a_module(path.stem):
             problems.append(f"code/{path.name} would be imported instead of the module {path.stem}: rename it")
     return problems
 
@@ -97,7 +99,7 @@ def is_module(path: Path) -> bool:
 
 def shadows_a_module(name: str) -> bool:
     """Whether a file or a folder of this name in code/ hides a module of Python or of an installed package."""
-    if name in SCRIPT_MODULES:
+    if name in {*SCRIPT_MODULES, PACKAGE.name, CACHE}:
         return False
     if name in sys.stdlib_module_names or name in IMPORTED_AT_START:
         return True

@@ -658,13 +658,14 @@ def test_files_that_do_not_belong_there(case, capsys, change, said):
 def test_what_weights_and_biases_keeps_is_left_alone(case, capsys):
     (case.path / "wandb").mkdir()
     (case.path / "wandb" / "latest-run").symlink_to("run-1")
-    (case.path / "code" / "__pycache__").mkdir()
-    for name in ("code/__pycache__/train.cpython-311.pyc", "non_finite.pt"):
+    for folder in ("code", "code/slowrun"):
+        (case.path / folder / "__pycache__").mkdir()
+    for name in ("code/__pycache__/train.cpython-311.pyc", "code/slowrun/__pycache__/clock.cpython-311.pyc"):
         (case.path / name).write_bytes(b"?")
+    (case.path / "non_finite.pt").write_bytes(b"?")
     found = judge(capsys, case, options=STATIC)
-    assert (
-        found.fails == {} and "code/__pycache__/, non_finite.pt, wandb/: not looked at" in found.texts("NOTE")["files"]
-    )
+    left_alone = "code/__pycache__/, code/slowrun/__pycache__/, non_finite.pt, wandb/: not looked at"
+    assert found.fails == {} and left_alone in found.texts("NOTE")["files"]
 
 
 def test_code_that_is_not_what_ran(case, capsys):
@@ -804,7 +805,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_crashing_run_fails(case, capsys):
-    case.append_code("def load_members(run_dir, device):\n    os.abort()\n")
+    case.append_code("import os\n\n\ndef load_members(run_dir, device):\n    os.abort()\n")
     found = judge(capsys, case)
     assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
     assert "ended the scoring (exit code -6)" in found.fails["score"]
