@@ -3,7 +3,7 @@
     python records/instruments.py --check               # exit code 1 if the list lacks slowrun/ as it is here
     python records/instruments.py --add "what changed"  # appends slowrun/ as it is here
 
-A run's folder has a copy of slowrun/ in code/. The referee accepts any version in this list, old ones too, and no other.
+A run folder has a copy of slowrun/ in code/. The referee accepts any version in this list, old ones too, and no other.
 The list only grows: whoever changes slowrun/ appends to it, in the same commit.
 """
 
@@ -79,7 +79,7 @@ def copy_problems(code: Path) -> list[str]:
     """
     package = code / PACKAGE.name
     if not package.is_dir():
-        return ["code/ has no slowrun/: copy the run's code/ again, as a whole"]
+        return ["code/ has no slowrun/: copy the whole code/ of the run"]
     stray = [path for path in package.iterdir() if path.name != CACHE and not is_module(path)]
     problems = [f"code/slowrun/{path.name} is not a module of slowrun/: remove it" for path in sorted(stray)]
     for path in sorted(code.rglob("*")):

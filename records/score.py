@@ -46,9 +46,7 @@ def check_instrument(code: Path) -> None:
     for name in instrument_modules():
         file = getattr(sys.modules[name], "__file__", None)
         if file is None or Path(file).resolve().parent != package:
-            raise Wrong(
-                f"code/train.py imports {name} from {file}, not from {package}: copy the whole code/ of the run"
-            )
+            raise Wrong(f"code/train.py imports {name} from {file}, not from {package}: its path line must find that")
 
 
 @contextlib.contextmanager
@@ -58,6 +56,8 @@ def script(run_dir: Path):
     Wrong if its slowrun/ is another one.
     """
     code, path, bytecode = run_dir / "code", list(sys.path), sys.dont_write_bytecode
+    if not (code / "slowrun").is_dir():
+        raise Wrong("code/ has no slowrun/: copy the whole code/ of the run")
     neighbours = {file.stem for file in code.glob("*.py")} | {"judged_train"}
 
     def take_away() -> dict:

@@ -24,14 +24,17 @@ from slowrun.scoring import data_efficiency
 from slowrun.session import duration
 
 
-@pytest.fixture(autouse=True, scope="session")
-def known_instrument(tmp_path_factory):
-    """A list of instruments with slowrun/ as it is, so that these tests also hold while it is being changed."""
-    path = tmp_path_factory.mktemp("instruments") / "instruments.json"
-    write_json(path, {"instruments": [{"sha256": instrument_sha256(), "date": "2026-01-01", "change": "as it is"}]})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(instruments, "LIST", path)
-        yield
+@pytest.fixture(autouse=True)
+def known_instruments(tmp_path, monkeypatch):
+    """A list of instruments of its own for each test, which has slowrun/ as it is, also while it is being changed."""
+    monkeypatch.setattr(instruments, "LIST", tmp_path / "instruments.json")
+    list_instruments(instrument_sha256())
+
+
+def list_instruments(*hashes: str) -> None:
+    """Make these the known versions, oldest first."""
+    entries = [{"sha256": h, "date": f"2026-01-0{i}", "change": f"change {i}"} for i, h in enumerate(hashes, 1)]
+    write_json(instruments.LIST, {"instruments": entries})
 
 
 class HonestRuns:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import parse
-from judging import Case, HonestRuns, in_this_process, judge, known_instrument  # noqa: F401
+from judging import Case, HonestRuns, in_this_process, judge, known_instruments  # noqa: F401
 
 import two_hour.train as two_hour
 from records import referee, submit
