@@ -127,7 +127,7 @@ def check() -> int:
     found = instrument_sha256()
     entry = known_versions().get(found)
     if entry is None:
-        print(f"{LIST.relative_to(ROOT)} lacks slowrun/ as it is here ({found[:12]}...): {COMMAND}")
+        print(f"{LIST} lacks slowrun/ as it is here ({found[:12]}...): {COMMAND}")
         return 1
     print(f"slowrun/ is the version of {entry['date']} ({found[:12]}...)")
     return 0

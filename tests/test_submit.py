@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 from conftest import parse
-from judging import Case, HonestRuns, in_this_process, judge, known_instruments  # noqa: F401
+from judging import (
+    Case,
+    HonestRuns,
+    in_this_process,
+    judge,
+    known_instruments,  # noqa: F401
+    list_instruments,
+)
 
 import two_hour.train as two_hour
 from records import referee, submit
-from slowrun.folder import PACKAGE, write_json
+from slowrun.folder import PACKAGE, instrument_sha256, write_json
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +100,21 @@ def test_the_next_one_is_numbered_on_and_has_to_be_better(honest, records, tmp_p
     write_json(records / "two_hour" / "records.json", {"source": "", "records": entries})
     found = judge(capsys, records / "two_hour" / entries[1]["folder"], options=options)
     assert found.fails.keys() == {"significance"}
+
+
+def test_a_record_made_with_an_earlier_instrument(honest, records, tmp_path, capsys):
+    """Its folder keeps it; one that no version of this repository had is refused, and nothing is left."""
+    run = Case(shutil.copytree(honest("two_hour"), tmp_path / "run"))
+    run.replace(r"\Z", "# a remark\n", "code/slowrun/clock.py")
+    run.sign_instrument()
+    assert make(records, run.path) == 1
+    assert "FAIL  instrument" in capsys.readouterr().out and not records.exists()
+    list_instruments(instrument_sha256(run.path / "code" / "slowrun"), instrument_sha256())
+    assert make(records, run.path) == 0
+    folder = records / "two_hour" / "01-a-trial-of-it"
+    assert (folder / "code" / "slowrun" / "clock.py").read_text().endswith("# a remark\n")
+    found = judge(capsys, folder)
+    assert found.fails == {} and "change 1" in found.texts("PASS")["instrument"]
 
 
 def test_an_ensemble(honest, records, capsys):
