@@ -6,6 +6,8 @@
 
 Prints a line per check and run, PASS, FAIL with the reason, or NOTE, and a verdict. Exit code: 0 nothing fails, 1
 something does, 2 it cannot be called like that. It believes nothing that a run says of itself where it can find out.
+Data, scores and rules are those of slowrun/ beside it; that of a run, in its code/, must be a version of it that
+records/instruments.json lists.
 
 The run's code is executed by records/score.py, in a process of its own with a time limit: that keeps crashes and
 hangs away, but it is NOT a sandbox against malice. Judge code that you have not read on a machine that you can lose,
@@ -490,18 +492,19 @@ def check_code(check: Check, run: Folder, judge: Judge) -> str:
 
 def check_instrument(check: Check, run: Folder, judge: Judge) -> str:
     """What measured the run, code/slowrun/, is a version of this repository's history, and nothing takes its place."""
+    claims = {"config.json": run.saved.get("instrument_sha256"), "result.json": run.result.get("instrument_sha256")}
+    if not any(claims.values()):
+        by = "judge it with the referee of the version that made it, which had no slowrun/ yet"
+        check.need(False, f"config.json and result.json have no instrument_sha256: {by}")
+        return ""
     for problem in instruments.copy_problems(run.code):
         check.need(False, problem)
     package = run.code / "slowrun"
     if not package.is_dir():
         return ""
     found = instrument_sha256(package)
-    for name, content in (("config.json", run.saved), ("result.json", run.result)):
-        said = content.get("instrument_sha256")
-        old = "the run was made by a version before slowrun/, and is judged by the referee of that version"
-        check.need(said is not None, f"{name} has no instrument_sha256: {old}")
-        fits = said in (None, found)
-        check.need(fits, f"the SHA-256 of code/slowrun/ is {found[:12]}..., {name} says {str(said)[:12]}...")
+    for name, claim in claims.items():
+        check.need(claim == found, f"the SHA-256 of code/slowrun/ is {found[:12]}..., {name} says {str(claim)[:12]}")
     entry = instruments.known_versions().get(found)
     if entry is None:
         check.need(False, unknown_instrument(package, found))
@@ -756,6 +759,8 @@ def check_eligibility(check: Check, run: Folder, judge: Judge) -> str:
     """What the run says of its eligibility follows from the facts, and a record is eligible."""
     claimed, because = run.result["eligible"], run.result["not_eligible_because"]
     reasons = rules.reasons_not_eligible(run.track, run.result)
+    declared = run.result.get("as_declared", True)  # of the unlimited track
+    check.need(isinstance(declared, bool), f"as_declared is {declared!r}, not true or false")
     said = "; ".join(reasons) or "nothing is against it"
     check.need(claimed is (not reasons), f"eligible is {claimed}, but: {said}")
     check.need(bool(because) is not claimed, f"eligible is {claimed}, not_eligible_because is {because}")

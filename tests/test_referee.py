@@ -737,7 +737,9 @@ def test_runs_from_before_the_instrument(case, capsys):
     for name in ("config.json", "result.json"):
         write_json(case.path / name, {k: v for k, v in case.read(name).items() if k != "instrument_sha256"})
     found = fails_static(capsys, case)
-    assert found.keys() == {"instrument"} and "was made by a version before slowrun/" in found["instrument"]
+    assert found.keys() == {"instrument"} and "which had no slowrun/ yet" in found["instrument"]
+    shutil.rmtree(case.path / "code" / "slowrun")
+    assert fails_static(capsys, case)["instrument"] == found["instrument"]
 
 
 @pytest.mark.parametrize("checkout", [False, True])
@@ -871,6 +873,8 @@ def test_chains_that_are_wrong(copy, capsys, change, check, said):
 
 def test_another_readout_than_declared_is_not_eligible(copy, capsys):
     case = copy("unlimited")
+    case.edit("result.json", as_declared="yes")
+    assert "as_declared is 'yes', not true or false" in fails_static(capsys, case)["eligibility"]
     case.edit("result.json", as_declared=False)
     assert "the readout is not the one" in judge(capsys, case, options=STATIC).texts("NOTE")["eligibility"]
 
