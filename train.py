@@ -143,7 +143,7 @@ class Config(RunConfig):
 
     @property
     def piece(self) -> int:
-        """Sequences that a virtual rank takes at a time: a micro-step, or half of it if the meta-gradient has only one."""
+        """Sequences that a virtual rank takes at a time: a micro-step; half of one if the meta-gradient has no more."""
         return self.micro_batch // 2 if self.meta_gradient and self.micro_steps == 1 else self.micro_batch
 
     @property

@@ -547,7 +547,7 @@ class Session:
             "readouts": readouts,
             "holdout_loss": holdout and holdout.loss,
             "holdout_bpb": holdout and holdout.bpb,
-            "data_efficiency": data_efficiency(score.loss) if rules.is_official(hashes) else None,
+            "data_efficiency": data_efficiency(score.loss) if hashes["val"] == rules.OFFICIAL_SHA256["val"] else None,
             "steps": self.step,
             "tokens": int(self.plan.tokens[self.step]),
             "epochs": int(self.plan.epoch[self.step]),

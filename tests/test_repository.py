@@ -14,7 +14,7 @@ import tiny.train as tiny
 import train
 import two_hour.train as two_hour
 import unlimited.train as unlimited
-from records import leaderboard, referee, submit
+from records import instruments, leaderboard, referee, submit
 
 README = (ROOT / "README.md").read_text()
 MODULES = {
@@ -41,7 +41,7 @@ def test_links_lead_somewhere(readme):
 
 @EACH_PAGE
 def test_flags_exist(readme, capsys):
-    for script in (train, tiny, two_hour, unlimited, prepare_data, leaderboard, referee, submit):
+    for script in (train, tiny, two_hour, unlimited, prepare_data, instruments, leaderboard, referee, submit):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
