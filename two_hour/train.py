@@ -100,7 +100,7 @@ class Config(RunConfig):
     scalar_lr: float = 0.1  # AdamW, x0_lambdas; resid_lambdas and skip_weights get 1% of it
     mix_lr: float = 0.02  # AdamW, q_mix, k_mix and v_mix
     weight_decay: float = 1.3  # initial weight decay of matrices, wte and lm_head
-    meta_gradient: bool = False  # as on the limited track, for --dropout 0.05 --stochastic-depth 0; not in the record
+    meta_gradient: bool = False  # the limited track's, for --dropout 0.05 --stochastic-depth 0; not part of the record
     meta_step: float = 0.5  # length of the meta-gradient's step, over all the matrices it moves, before the warmdown
 
     # Schedules
@@ -160,13 +160,9 @@ class Config(RunConfig):
         return parse_window_schedule(self.window_schedule, self.sequence_len)
 
     def window(self, layer: int, windows: tuple[int, int]) -> int:
-        """How many earlier positions a layer attends to, at most.
-
-        windows: the short and the long one of a stage. Layer L is the block of multi-token prediction, which attends to
-        all.
-        """
+        """How many earlier positions a layer attends to, at most. windows: the short and the long one of a stage."""
         short, long = windows
-        if layer == self.n_layer:
+        if layer == self.n_layer:  # the block of multi-token prediction
             return self.sequence_len
         is_last = layer == self.n_layer - 1
         letter = self.window_pattern[layer % len(self.window_pattern)]
@@ -211,7 +207,7 @@ def parse_window_schedule(text: str, sequence_len: int) -> list[WindowStage]:
         if last < first:
             raise ValueError(f"{name} ends before it begins")
         if not 1 <= short <= long <= sequence_len:
-            raise ValueError(f"{name} has other windows than 1 <= short <= long <= sequence_len {sequence_len}")
+            raise ValueError(f"{name} does not have 1 <= short <= long <= sequence_len {sequence_len}")
         if long < longest:
             raise ValueError(f"{name} has a shorter long window than the one before it, {longest}")
         stages.append(WindowStage(first, last, (short, long)))
@@ -291,7 +287,7 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in about
 
 
 def record_sizes(settings: dict) -> dict:
-    """Toy sizes for a record: those of the demo. A record whose windows do not grow keeps that."""
+    """Toy sizes for a record: the demo's, with a single stage if the record's windows never change."""
     has_stages = "window_schedule" not in settings or ";" in settings["window_schedule"]
     return DEMO if has_stages else DEMO | {"window_schedule": "1-6:64,128"}
 
@@ -393,11 +389,12 @@ def norm(x: Tensor) -> Tensor:
 
 
 def yarn(head_dim: int, long_windows: Sequence[int]) -> tuple[np.ndarray, float]:
-    """Rotary frequencies (D / 2,) in radians per position, and the scale of attention's logits (arXiv 2309.00071).
+    """YaRN (arXiv 2309.00071): rotary frequencies (D / 2,) in radians per position, and the scale of the logits.
 
-    long_windows: that of each stage up to the one in question. Whenever it grows, frequencies that turn less than once
-    within the window before are lowered, so that they turn no further within the new one; those that turn more than 32
-    times stay; in between the change is linear in the number of turns. The scale, 1 / sqrt(D) at first, is raised.
+    long_windows: those of all stages up to the one in question. Whenever the long window grows, pairs of channels that
+    turn less than once within the old window are slowed down, so that they turn no further within the new one. Those
+    that turn more than 32 times keep their frequency; in between the change is linear in the number of turns. The scale
+    is 1 / sqrt(D) at first, and is raised.
     """
     frequencies = 10000.0 ** -(np.arange(0, head_dim, 2) / head_dim)
     scale = 1 / math.sqrt(head_dim)
@@ -416,9 +413,9 @@ def yarn_at(config: Config, long_window: int) -> tuple[np.ndarray, float]:
 
 
 class Rotary(nn.Module):
-    """What attention needs to know of positions in the stages with one long window; no parameters.
+    """The rotary embedding (arXiv 2104.09864) in the stages with one long window; no parameters.
 
-    cos, sin (T, 1, D / 2): tables of the rotary embedding (arXiv 2104.09864). scale: of attention's logits.
+    cos, sin (T, 1, D / 2), and the scale of attention's logits, which YaRN changes along with them.
     """
 
     def __init__(self, config: Config, long_window: int, dtype: torch.dtype):
@@ -590,8 +587,8 @@ class GPT(nn.Module):
         self.head_chunk = compiled(head_chunk)
         self.cross_entropy = compiled(cross_entropy)
 
-    def positions(self, windows: tuple[int, int], length: int) -> tuple[Tensor, Tensor, float]:
-        """cos and sin of the first positions (length, 1, D / 2), and the scale of attention's logits, of a stage."""
+    def rotary_of(self, windows: tuple[int, int], length: int) -> tuple[Tensor, Tensor, float]:
+        """cos and sin of the first positions (length, 1, D / 2) and the scale of attention's logits in a stage."""
         rotary = self.rotary[str(windows[1])]
         return rotary.cos[:length], rotary.sin[:length], rotary.scale
 
@@ -600,7 +597,7 @@ class GPT(nn.Module):
 
         dropped: the calls of layers, counted from 0, whose block is skipped; the skip and the lambdas still apply.
         """
-        cos, sin, scale = self.positions(windows, tokens.size(1))
+        cos, sin, scale = self.rotary_of(windows, tokens.size(1))
         x0 = norm(self.transformer.wte(tokens))  # (B, T, C)
         ve = {int(i): project(x0) for i, project in self.ve_projs.items()}  # by layer, each (B, T, C)
         resid_lambdas, x0_lambdas = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
@@ -657,7 +654,7 @@ class GPT(nn.Module):
 
         next_embedding = norm(self.transformer.wte(targets[:, :-1]))  # (B, T - 1, C)
         z = self.mtp_proj(torch.cat([x[:, :-1], next_embedding], dim=-1))  # (B, T - 1, C)
-        cos, sin, scale = self.positions(windows, z.size(1))
+        cos, sin, scale = self.rotary_of(windows, z.size(1))
         window = self.config.window(self.config.n_layer, windows)
         is_dropped = len(self.config.layer_order(replay)) in dropped  # its call comes after those of the layers
         z = self.run_mtp_layer(self.mtp_block, z, cos, sin, window, scale, is_dropped)
@@ -941,7 +938,7 @@ class Scheduled:
     momentum: float  # Muon's
     meta_step: float  # length of the meta-gradient's step
     windows: tuple[int, int]  # short and long attention window
-    softmax_scale: float  # of attention's logits, which follows the long window
+    softmax_scale: float  # of attention's logits; the model has it from the long window, as here
     replay: bool  # whether layers are replayed
 
 
@@ -1212,8 +1209,8 @@ def read_out(run: Session, train: Training) -> int:
     """Score the averages of weights and of probabilities, the declared one last -> exit code.
 
     Every member is evaluated as in the last step: with its windows, rotary tables, scale and replay. The members go
-    into the model only: the masters stay those of the last step, so an interrupted readout can start again
-    from the checkpoint.
+    into the model only: the masters stay those of the last step, so an interrupted readout can start again from the
+    checkpoint.
     """
     members = run.members[-run.config.readout_epochs :]
     total = sum(range(1, len(members) + 1))
