@@ -217,8 +217,7 @@ def test_a_stage_sees_its_windows():
 # -------------------------------------------------------------------------------------------------------- compilation
 
 
-@pytest.mark.parametrize("meta_gradient", [False, True])
-def test_nothing_compiles_after_the_warm_up(monkeypatch, meta_gradient):
+def test_nothing_compiles_after_the_warm_up(monkeypatch):
     """Every graph of training and validation, in every stage, with every layer dropped or not, is made in warm_up."""
     from torch._dynamo.utils import counters
 
@@ -229,7 +228,6 @@ def test_nothing_compiles_after_the_warm_up(monkeypatch, meta_gradient):
         vocab_size=97, sequence_len=32, n_layer=4, n_head=2, n_embd=32, replay_start=2, replay_end=3,
         replay_from_epoch=3, window_schedule="1-1:4,12;2-3:12,28;4-4:20,32", num_epochs=4, swa_epochs=1,
         readout_epochs=2, batch_tokens=1024, micro_batch=2, dropout=0.1, stochastic_depth=0.3,
-        meta_gradient=meta_gradient,
     )  # fmt: skip
     train = track.Training(config, World(0, 1, CPU), torch.float32, {}, compiled=True)
     tokens = np.random.RandomState(0).randint(0, 96, 33 * 16 * 6).astype(np.uint16)
@@ -239,7 +237,7 @@ def test_nothing_compiles_after_the_warm_up(monkeypatch, meta_gradient):
     before = {name: p.clone() for name, p in train.masters.items()}
     train.warm_up([track.schedule(config, step, plan) for step in plan.stages])
     assert all(torch.equal(p, before[name]) for name, p in train.masters.items())
-    made = counters["stats"]["unique_graphs"]
+    made = counters["stats"]["unique_graphs"]  # step 0 drops the block of multi-token prediction in both micro-steps
     assert made > 20
     for start in plan.stages:
         for step in range(start, start + 3):
