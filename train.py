@@ -702,15 +702,15 @@ class Training:
         self.optimizer.step(0, replace(stages[0], lr=0.0, ema_weight=0.0))  # connects the processes
 
     def warm_up_stage(self, values: Scheduled) -> None:
-        """One virtual rank's gradient and one batch of validation, with no block dropped and with all."""
+        """One virtual rank's gradient and one batch of validation. Stochastic depth may drop any block or keep it."""
         c = self.config
         device = self.world.device
         sequences = torch.randint(c.vocab_size, (c.micro_steps * c.micro_batch, c.sequence_len + 1), device=device)
         self.add_gradient(0, 0, sequences, values)
-        if c.stochastic_depth:
-            calls = range(len(c.layer_order(values.replay)) + 1)
-            rows = sequences[: c.pass_sequences]
-            loss, _ = self.model.training_loss(rows[:, :-1], rows[:, 1:], values.replay, dropped=calls)
+        rows = sequences[: c.pass_sequences]
+        calls = range(len(c.layer_order(values.replay)) + 1)
+        for dropped in [(), calls] if c.stochastic_depth else []:
+            loss, _ = self.model.training_loss(rows[:, :-1], rows[:, 1:], values.replay, dropped)
             loss.backward()
         self.weights.zero_sums()
         self.shards.zero_grads()
