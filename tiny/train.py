@@ -1216,7 +1216,7 @@ def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
         state_elements=sum(state.numel() for bucket in shards.buckets for state in bucket.state.values()),
         moved_parameters=sum(elements[name] for name in moved_names(config, list(masters))),
         master_bytes=master_bytes,
-        layer_bytes=(14 * C + 3 * config.hidden) * dtype.itemsize + C,
+        layer_bytes=(14 * C + 3 * config.hidden) * dtype.itemsize + C,  # C for the dropout mask
         pass_positions=positions,
         logit_positions=min(CHUNK, positions),
         padded_vocab=config.padded_vocab,
