@@ -32,7 +32,7 @@ COMMON = {
 }  # fmt: skip
 SMALL = {  # flags of a run of 11 steps, two epochs of 5.5 steps, that takes a second or two
     "limited": COMMON | {"replay_start": 1, "replay_end": 2, "replay_from_epoch": 2},
-    "tiny": COMMON | {"passes_from": 0.5, "decay_hold": 0, "decay_low": 1, "ema_every": 2},
+    "tiny": COMMON | {"late_passes_from": 0.5, "decay_hold_epochs": 0, "decay_low_epochs": 1, "ema_every": 2},
 }
 SMALL["two_hour"] = SMALL["limited"] | {"window_schedule": "1-1:4,12;2-3:12,28;4-12:20,32"}
 SMALL["two_hour"] |= {"meta_gradient": True, "stochastic_depth": 0.0}

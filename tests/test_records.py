@@ -34,9 +34,9 @@ START = {
     "tiny": {
         "num_epochs": 16, "micro_batch": 16, "lr_multiplier": 1.0, "matrix_lr": 0.04, "scalar_lr": 0.25,
         "embedding_lr": 0.15, "head_lr": 0.001, "weight_decay": 0.8, "decay_schedule": False, "dropout": 0.1,
-        "warmdown": 0.5, "warmdown_shape": "linear", "logit_cap": 15.0, "mlp": "relu2", "u_net": False,
+        "warmdown": 0.5, "logit_cap": 15.0, "mlp": "relu2", "u_net": False,
         "head_gates": False, "half_rotary": False, "key_offset": False, "resid_init": 1.0, "xsa_layers": 0,
-        "shuffle": "micro_steps", "readout": "last", "swa_epochs": 0, "passes": 1, "mtp_weight_1": 0.0,
+        "shuffle": "micro_steps", "readout": "last", "swa_epochs": 0, "late_passes": 1, "mtp_weight_1": 0.0,
         "mtp_weight_2": 0.0, "head": "plain", "meta_gradient": False, "n_layer": 16, "n_embd": 1024, "n_head": 8,
         "window_pattern": "SSSL", "seed": 42, "batch_tokens": 524288,
     },
@@ -71,20 +71,21 @@ CHANGES = {
         5: {"warmdown": 0.6},
         6: {"half_rotary": True, "key_offset": True, "resid_init": 1.1},
         7: {
-            "decay_schedule": True, "decay_hold": 2, "decay_low": 8, "decay_low_value": 0.1, "decay_end_value": 1.25
+            "decay_schedule": True, "decay_hold_epochs": 2, "decay_low_epochs": 8, "decay_low": 0.1, "decay_end": 1.25
         },
-        8: {"readout": "ema", "ema_decay": 0.15, "ema_every": 10},
+        8: {"readout": "ema", "ema_epoch_decay": 0.15, "ema_every": 10},
         9: {"micro_batch": 32, "lr_multiplier": 0.8, "swa_epochs": 4, "readout": "average", "readout_epochs": 4},
         10: {"shuffle": "documents"},
         11: {"xsa_layers": 6},
         12: {
-            "passes": 2, "passes_from": 0.7, "num_epochs": 15, "warmdown": 0.4, "decay_end_value": 0.93, "xsa_layers": 0
+            "late_passes": 2, "late_passes_from": 0.7, "num_epochs": 15, "warmdown": 0.4, "decay_end": 0.93,
+            "xsa_layers": 0,
         },
         13: {
             "xsa_layers": -1, "mtp_weight_1": 0.5, "mtp_weight_2": 0.25, "mtp_until": 0.66, "head": "auto",
-            "num_epochs": 16, "warmdown": 0.6, "decay_end_value": 1.25, "passes": 1,
+            "num_epochs": 16, "warmdown": 0.6, "decay_end": 1.25, "late_passes": 1,
         },
-        14: {"num_epochs": 15, "warmdown": 0.4, "decay_end_value": 0.93, "passes": 2},
+        14: {"num_epochs": 15, "warmdown": 0.4, "decay_end": 0.93, "late_passes": 2},
         15: {"meta_gradient": True, "meta_step": 0.5},
     },
     "two_hour": {
@@ -185,7 +186,9 @@ def toy_flags(name: str, number: int, data: Path, runs: Path) -> list[str]:
         sizes["window_schedule"] = "1-9:16,32"
     if full.get("xsa_layers", 0) > 0:
         sizes["xsa_layers"] = 1
-    unused = [] if full["decay_schedule"] else ["decay_hold", "decay_low"]  # their defaults do not fit, and need not
+    unused = []
+    if not full["decay_schedule"]:  # their defaults do not fit, and need not
+        unused = ["decay_hold_epochs", "decay_low_epochs"]
     for key in [
         "meta_gradient",
         "stochastic_depth",
@@ -207,7 +210,8 @@ def test_every_record_trains(name, number, few_tokens, tmp_path):
     assert len(steps) == 4 and all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.02
     saved = json.loads((tmp_path / "run/config.json").read_text())["config"]
     techniques = [key for key, value in c.items() if isinstance(value, str | bool) and key != "window_schedule"]
-    techniques += [key for key in ("mtp_weight", "stochastic_depth", "passes", "mtp_weight_1", "dropout") if key in c]
+    numbers = ("mtp_weight", "stochastic_depth", "late_passes", "mtp_weight_1", "dropout")
+    techniques += [key for key in numbers if key in c]
     assert {key: saved[key] for key in techniques} == {key: c[key] for key in techniques}
     for key in {"replay_from_epoch", "swa_epochs", "xsa_layers"} & c.keys():
         assert bool(saved[key]) == bool(c[key]), key

@@ -166,12 +166,12 @@ def test_the_figures_of_the_tiny_track():
     assert f"{c.time_cap_min:g} minutes on 8" in text and f"H100, {c.num_epochs} epochs over" in text
     assert f"{c.n_layer} layers of width {c.n_embd}, {c.n_head} heads, SwiGLU of {c.hidden}" in text
     assert f"logits capped at {c.logit_cap:g}" in text and f"Dropout of {c.dropout} " in text
-    assert f"in the last {100 * (1 - c.passes_from):.0f}% of the steps" in text
+    assert f"in the last {100 * (1 - c.late_passes_from):.0f}% of the steps" in text
     assert f"with weights 1, {c.mtp_weight_1} and {c.mtp_weight_2};" in text
     assert f"the last two fall to 0 by {100 * c.mtp_until:g}% of the steps" in text
     assert f"multiplied by {c.lr_multiplier}." in text
     assert f"the last {100 * c.warmdown:.0f}% of the steps, and within the last {c.swa_epochs} epochs in cycles" in text
-    assert f"decay is {c.weight_decay} for {c.decay_hold} epochs," in text
-    assert f"falls to {c.decay_low_value} until epoch {c.decay_low}, and rises to {c.decay_end_value} at the" in text
+    assert f"decay is {c.weight_decay} for {c.decay_hold_epochs} epochs," in text
+    assert f"falls to {c.decay_low} until epoch {c.decay_low_epochs}, and rises to {c.decay_end} at the" in text
     assert f"each virtual rank's {c.micro_batch} sequences" in text and f"are moved by {c.meta_step} down" in text
     assert f"ends of the last {c.readout_epochs} epochs, averaged 1:2:3:4" in text
