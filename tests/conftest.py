@@ -14,14 +14,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from slowrun.config import parse_flags
+from slowrun.data import sha256_file
+from slowrun.folder import write_json
+
 torch.set_num_threads(1)  # the models are tiny
 # Track -> module; a new track adds itself here and below
 TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train"}
 UNLIMITED = {"unlimited": "unlimited.train"}  # whose runs are of another kind: tests/test_unlimited.py
 ALL_TRACKS = pytest.mark.parametrize("track", TRACKS | UNLIMITED, indirect=True)
 
-# For tests of what the two-hour track has as copies of the limited track's
-NOT_MERE_COPIES = pytest.mark.parametrize("track", ["limited", "tiny"], indirect=True)
+# For tests of what the two-hour track does as the limited track does
+ONE_OF_EACH_KIND = pytest.mark.parametrize("track", ["limited", "tiny"], indirect=True)
 
 V = 97  # vocabulary of the small data; the BOS is 96
 COMMON = {
@@ -104,7 +109,6 @@ def flags(**values) -> list[str]:
 def write_data(folder: Path, tokens: dict[str, int], seed: int = 0) -> Path:
     """Splits of a Markov chain over 96 tokens in documents of 5 to 60, with meta.json."""
     import prepare_data
-    from train import sha256_file, write_json
 
     random = np.random.RandomState(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +121,7 @@ def write_data(folder: Path, tokens: dict[str, int], seed: int = 0) -> Path:
             values[i] = (values[i - 1] * 5 + random.randint(0, 4)) % (V - 1) if i else 0
         values[starts] = V - 1
         path = folder / f"fineweb_{split}.pt"
-        prepare_data.save_shard(path, values, starts.astype(np.int64), V - 1, split)
+        prepare_data.save_split(path, values, starts.astype(np.int64), V - 1, split)
         splits[split] = {"tokens": count, "documents": len(starts), "sha256": sha256_file(path)}
     lengths = [1 + i % 4 for i in range(V - 1)] + [0]
     meta = {"source": "test", "revision": "0", "tokenizer": "test", "vocab_size": V, "bos_id": V - 1}
@@ -156,6 +160,13 @@ def no_pictures(request, monkeypatch):
 
     if "draws" not in request.keywords:
         monkeypatch.setattr(Figure, "savefig", lambda figure, path, **style: Path(path).write_bytes(b"."))
+
+
+def parse(track, arguments: list[str]) -> dict:
+    """The fields of Config that a command line of a track's script gives."""
+    of_record = getattr(track, "record_sizes", None)
+    given, _ = parse_flags(track.TRACK, track.Config, track.DEMO, arguments, Path(track.__file__), "", of_record)
+    return given
 
 
 def script_of(track) -> str:

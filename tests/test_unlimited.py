@@ -21,6 +21,9 @@ import torch
 from conftest import ROOT, SMALL, V, flags, read_metrics, run_to_end, set_golden_parameters
 
 import unlimited.train as unlimited
+from slowrun.data import Split, cut, load_split, sha256_file
+from slowrun.folder import write_json
+from slowrun.world import World
 
 SCRIPT = "unlimited/train.py"
 TINY = {"cycles": 2, "fitness_tokens": 2500, "log_every": 100}  # 3,500 tokens to train on: 13 steps a chain
@@ -46,9 +49,13 @@ def members_of(folder: Path) -> list[dict]:
     return read(folder / "final" / "members.json")["members"]
 
 
+def load(base: dict, split: str) -> Split:
+    return load_split(base["data_dir"], split, V, base["sequence_len"])
+
+
 def small_plan(base, **changes) -> tuple:
     config = unlimited.Config(**base | changes)
-    fitness, rest = unlimited.split_fitness(unlimited.load_shard("train", config), config)
+    fitness, rest = unlimited.split_fitness(load(base, "train"), config)
     return fitness, rest, unlimited.Plan(config, len(rest.sequences(config.sequence_len + 1)))
 
 
@@ -98,11 +105,11 @@ def test_schedules_of_a_constant_rate_with_a_warmdown(base):
 
 def test_the_fitness_set_is_whole_documents_that_are_never_trained_on(base):
     fitness, rest, plan = small_plan(base)
-    shard = unlimited.load_shard("train", plan.config)
-    assert np.array_equal(np.concatenate([fitness.tokens, rest.tokens]), shard.tokens)
+    whole = load(base, "train")
+    assert np.array_equal(np.concatenate([fitness.tokens, rest.tokens]), whole.tokens)
     assert len(fitness.tokens) <= 500 < len(fitness.tokens) + 60
     assert fitness.tokens[0] == rest.tokens[0] == V - 1 and (rest.tokens[rest.doc_starts] == V - 1).all()
-    assert len(fitness.doc_starts) + len(rest.doc_starts) == len(shard.doc_starts)
+    assert len(fitness.doc_starts) + len(rest.doc_starts) == len(whole.doc_starts)
     assert (fitness.tokens[fitness.doc_starts] == V - 1).all()
 
 
@@ -111,28 +118,25 @@ def test_each_chain_has_its_own_order_as_specified(base):
     _, rest, plan = small_plan(base)
     order, ends = np.arange(len(rest.doc_starts)), np.append(rest.doc_starts[1:], len(rest.tokens))
     seed = 43
-    chain = unlimited.Plan(plan.config.of_chain(1), plan.num_sequences)
-    loader = unlimited.TrainLoader(rest, chain, range(8))
     for epoch in (1, 2, 3):
         generator = torch.Generator().manual_seed(seed * 1009 + epoch + 1000)
         order = order[torch.randperm(len(order), generator=generator).numpy()]
         tokens = np.concatenate([rest.tokens[rest.doc_starts[i] : ends[i]] for i in order])
-        sequences, permutation = loader.make_epoch(epoch)
-        assert np.array_equal(sequences, rest.sequences(33, tokens))
+        sequences = cut(tokens, 33)
         generator = torch.Generator().manual_seed(seed * 1009 + epoch + 2000)
-        assert permutation.tolist() == torch.randperm(len(sequences), generator=generator).tolist()
+        expected = sequences[torch.randperm(len(sequences), generator=generator).numpy()]
+        assert np.array_equal(unlimited.epoch_sequences(plan.config.of_chain(1), rest, epoch), expected)
 
 
 def test_batches_of_two_sizes_go_on_through_the_order(base):
     _, rest, plan = small_plan(base)
-    loader = unlimited.TrainLoader(rest, plan, range(8))
-    taken = [loader.batch(step) for step in range(plan.num_steps)]
+    loader = unlimited.make_loader(plan, rest, range(8))
+    taken = [loader.batch(step).unflatten(1, (-1, 2)) for step in range(plan.num_steps)]
     assert [batch.shape for batch in taken[9:11]] == [(8, 1, 2, 33), (8, 2, 2, 33)]
     rows = np.concatenate([batch.swapaxes(0, 1).reshape(-1, 33) for batch in taken])
     expected = []
     for epoch in (1, 2, 3):
-        sequences, order = unlimited.TrainLoader(rest, plan, range(8)).make_epoch(epoch)
-        expected.append(sequences[order[: plan.epoch_micro_steps * 16]])
+        expected.append(unlimited.epoch_sequences(plan.config, rest, epoch)[: plan.epoch_micro_steps * 16])
     assert np.array_equal(rows, np.concatenate(expected))
 
 
@@ -236,7 +240,7 @@ def test_gradients_are_clipped_as_torch_does(base):
     for clip_by_torch in (True, False):
         model = unlimited.GPT(config).double()
         set_golden_parameters(model, 7, 32)
-        world = unlimited.World(0, 1, torch.device("cpu"))
+        world = World(0, 1, torch.device("cpu"))
         optimizer = unlimited.build_optimizer(config, model, world, torch.float64, compile=False)
         for k, p in enumerate(model.parameters()):
             p.grad.copy_(torch.from_numpy(np.random.RandomState(k).standard_normal(p.shape)))
@@ -298,7 +302,7 @@ def test_run_folder_and_claims(base, folder, capsys):
         own = folder / "chains" / f"chain_{chain:02d}"
         assert [member["cycle"] for member in ledger["members"]] == [1, 2, 3]
         for member in ledger["members"]:
-            assert unlimited.sha256_file(own / "final" / member["file"]) == member["sha256"]
+            assert sha256_file(own / "final" / member["file"]) == member["sha256"]
             nats = unlimited.read_nats(own / "final" / member["file"], "val")
             assert nats.shape == (51, 32) and nats.double().mean().item() == pytest.approx(member["val_loss"], abs=1e-6)
         steps, validations = read_metrics(own)
@@ -314,7 +318,7 @@ def test_run_folder_and_claims(base, folder, capsys):
     config, mixture = unlimited.Config(**base), 0
     assert sum(member["weight"] for member in members) == pytest.approx(1.0) and len(members) == 6
     for split, claimed in (("val", result["val_loss"]), ("holdout", result["holdout_loss"])):
-        sequences = torch.from_numpy(unlimited.load_shard(split, config).sequences(33).astype(np.int64))
+        sequences = torch.from_numpy(load(base, split).sequences(33).astype(np.int64))
         mixture = 0
         for weight, log_probs in unlimited.load_members(folder, "cpu"):
             mixture = mixture + weight * log_probs(sequences[:, :-1]).exp().double()
@@ -329,7 +333,7 @@ def test_run_folder_and_claims(base, folder, capsys):
     assert 3600 * result["process_hours"] == pytest.approx(result["train_time_s"]) and result["as_declared"]
     assert not result["eligible"] and result["val_tokens"] == 51 * 32
     for name, sha256 in result["final_sha256"].items():
-        assert unlimited.sha256_file(folder / "final" / name) == sha256
+        assert sha256_file(folder / "final" / name) == sha256
     assert result["final_sha256"].keys() == {path.name for path in (folder / "final").iterdir()}
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and unlimited.main(["--resume", str(folder)]) == 0
 
@@ -523,7 +527,7 @@ def test_selection_is_repeated_with_other_settings(base, folder):
     assert len(members) == 2 and all("cycle_002" in member["file"] for member in members)
     assert unlimited.main([*select, "--selection=uniform", "--average=logit"]) == 0
     result, config, logs = read(folder / "result_uniform_logit.json"), unlimited.Config(**base), 0
-    sequences = torch.from_numpy(unlimited.load_shard("val", config).sequences(33).astype(np.int64))
+    sequences = torch.from_numpy(load(base, "val").sequences(33).astype(np.int64))
     for _, log_probs in unlimited.load_members(folder, "cpu"):
         logs = logs + log_probs(sequences[:, :-1]).double() / 4
     nats = -logs.log_softmax(-1).gather(-1, sequences[:, 1:, None]).mean().item()
@@ -567,7 +571,7 @@ def test_chains_can_be_added(base, folder, capsys):
     (folder / "result.json").unlink()
     assert unlimited.main(["--resume", str(folder), "--add-chains=1"]) == 2
     assert "--add-chains extends a finished run, and" in capsys.readouterr().err
-    unlimited.write_json(folder / "result.json", {"status": "finished"})
+    write_json(folder / "result.json", {"status": "finished"})
     before = (folder / "config.json").read_bytes()
     for wrong in (
         ["--add-chains=-1"],
@@ -608,7 +612,7 @@ def test_only_so_many_snapshots_are_kept(base, folder):
 
 def test_a_disk_that_is_too_small_is_refused(base, folder, monkeypatch, capsys):
     disk = SimpleNamespace(free=20_000)
-    monkeypatch.setattr(unlimited.shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     assert unlimited.main(flags(**base)) == 2
     error = capsys.readouterr().err
     assert "the run needs up to" in error and "--keep fewer snapshots of a chain" in error and not folder.exists()
