@@ -49,7 +49,7 @@ from model import (
 )
 from slowrun import rules
 from slowrun.clock import Clock
-from slowrun.config import RESUME_MAY_CHANGE, RunConfig, parse_flags, require_at_least
+from slowrun.config import RESUME_MAY_CHANGE, RunConfig, demo_of_record, parse_flags, require_at_least
 from slowrun.data import (
     Loader,
     Split,
@@ -179,6 +179,11 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in about
     "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 4, "eval_batch": 16, "val_sequences": 496,
     "lr_multiplier": 1.0, "weight_decay": 0.3, "time_cap_min": 0.0, "compile": "off", "eval_initial": True,
 }  # fmt: skip
+
+
+def record_sizes(settings: dict) -> dict:
+    """DEMO's values beside a record's settings. Lengths in epochs are DEMO's."""
+    return demo_of_record(Config, DEMO, settings, unscaled=("num_epochs", "replay_from_epoch"))
 
 
 # ======================================================================================================================
@@ -1300,7 +1305,7 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
     No trainer: the run that --resume names has finished.
     """
     started = time.monotonic()
-    given, resume = parse_flags(TRACK, Config, DEMO, argv, Path(__file__), __doc__)
+    given, resume = parse_flags(TRACK, Config, DEMO, argv, Path(__file__), __doc__, record_sizes)
     config, device = Config(**given) if resume is None else None, given.get("device", "auto")
     if resume is not None:
         device = read_config(Path(resume))["config"].get("device", "auto")

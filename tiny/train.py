@@ -38,7 +38,7 @@ sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / 
 
 from slowrun import rules
 from slowrun.clock import Clock
-from slowrun.config import RESUME_MAY_CHANGE, RunConfig, parse_flags, require_at_least
+from slowrun.config import RESUME_MAY_CHANGE, RunConfig, demo_of_record, parse_flags, require_at_least
 from slowrun.data import (
     Loader,
     Split,
@@ -267,6 +267,11 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in less 
     "lr_multiplier": 4.0, "swa_epochs": 2, "readout_epochs": 2, "decay_hold": 1, "decay_low": 3, "weight_decay": 0.3,
     "decay_end_value": 0.35, "time_cap_min": 0.0, "compile": "off", "eval_initial": True,
 }  # fmt: skip
+
+
+def record_sizes(settings: dict) -> dict:
+    """DEMO's values beside a record's settings. Lengths in epochs are DEMO's."""
+    return demo_of_record(Config, DEMO, settings, unscaled=("num_epochs",))
 
 
 # ======================================================================================================================
@@ -1992,7 +1997,7 @@ def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
     No trainer: the run that --resume names has finished.
     """
     started = time.monotonic()
-    given, resume = parse_flags(TRACK, Config, DEMO, argv, Path(__file__), __doc__)
+    given, resume = parse_flags(TRACK, Config, DEMO, argv, Path(__file__), __doc__, record_sizes)
     config, device = Config(**given) if resume is None else None, given.get("device", "auto")
     if resume is not None:
         device = read_config(Path(resume))["config"].get("device", "auto")
