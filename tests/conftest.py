@@ -12,21 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 from slowrun.config import parse_flags
-from slowrun.data import sha256_file
+from slowrun.data import Split, sha256_file
 from slowrun.folder import write_json
 
+ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the models are tiny
 # Track -> module; a new track adds itself here and below
 TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train"}
+INSTRUMENT = ("__init__", "clock", "config", "data", "folder", "machine", "rules", "scoring", "session", "world")
 UNLIMITED = {"unlimited": "unlimited.train"}  # whose runs are of another kind: tests/test_unlimited.py
 ALL_TRACKS = pytest.mark.parametrize("track", TRACKS | UNLIMITED, indirect=True)
-
-# For tests of what the two-hour track does as the limited track does
-ONE_OF_EACH_KIND = pytest.mark.parametrize("track", ["limited", "tiny"], indirect=True)
 
 V = 97  # vocabulary of the small data; the BOS is 96
 COMMON = {
@@ -82,6 +78,18 @@ def model(track):
 
 def golden(name: str) -> dict:
     return json.loads((Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden")) / f"{name}.json").read_text())
+
+
+def golden_split() -> tuple[Split, dict]:
+    """The training split of data.json, and what stands there of it."""
+    expected = golden("data")
+    random = np.random.RandomState(expected["seed"])
+    lengths = random.randint(3, 60, size=expected["num_docs"])
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    tokens = random.randint(0, 50256, size=lengths.sum()).astype(np.uint16)
+    tokens[starts] = 50256
+    assert len(tokens) == expected["num_tokens"]
+    return Split(tokens, starts, 43, ""), expected
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +180,20 @@ def parse(track, arguments: list[str]) -> dict:
 def script_of(track) -> str:
     """The path of a track's script in the repository."""
     return str(Path(track.__file__).relative_to(ROOT))
+
+
+class FakeTime:
+    """Gives a trainer a clock by which a step takes so long, and nothing else takes any time."""
+
+    def __init__(self, trainer, step_s: float = 1.0):
+        self.time_s, train_step = 0.0, trainer.train_step
+
+        def timed(step: int):
+            self.time_s += step_s
+            return train_step(step)
+
+        trainer.train_step = timed
+        trainer.clock.now = lambda: self.time_s
 
 
 def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:

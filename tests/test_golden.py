@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ALL_TRACKS, TRACKS, UNLIMITED, assert_figures, golden, set_golden_parameters, sized
+from conftest import ALL_TRACKS, TRACKS, UNLIMITED, assert_figures, golden, golden_split, set_golden_parameters, sized
 
 import prepare_data
-from slowrun.data import Split
 from slowrun.scoring import EvalSet
 from slowrun.world import World
 
@@ -231,17 +230,6 @@ def test_selection():
     assert -(weights @ probabilities).log().mean().item() == pytest.approx(expected["fit_loss"], abs=1e-6)
     mixed = track.mixtures(weights, (4,))[4]
     assert mixed.nonzero().flatten().tolist() == expected["top4"] and mixed.sum().item() == pytest.approx(1.0)
-
-
-def golden_split() -> tuple[Split, dict]:
-    expected = golden("data")
-    random = np.random.RandomState(expected["seed"])
-    lengths = random.randint(3, 60, size=expected["num_docs"])
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    tokens = random.randint(0, 50256, size=lengths.sum()).astype(np.uint16)
-    tokens[starts] = 50256
-    assert len(tokens) == expected["num_tokens"]
-    return Split(tokens, starts, 43, ""), expected
 
 
 def as_figures(sequences) -> list[list[int]]:

@@ -16,7 +16,8 @@ import tiny.train as tiny
 import train
 import two_hour.train as two_hour
 import unlimited.train as unlimited
-from slowrun import config as slowrun_config
+from slowrun import config as run_config
+from slowrun import folder as run_folder
 from slowrun.data import load_split
 
 MODULES = {"limited": train, "tiny": tiny, "two_hour": two_hour}
@@ -115,7 +116,7 @@ def recipe(name: str, number: int) -> dict:
 
 
 def read_record(track, number: int) -> dict:
-    return slowrun_config.read_record(track.Config, ROOT / "records" / track.TRACK, number)
+    return run_config.read_record(track.Config, ROOT / "records" / track.TRACK, number)
 
 
 def settings(name: str, number: int) -> dict:
@@ -552,18 +553,18 @@ def test_a_record_trains_on_two_processes_as_on_one(few_tokens, tmp_path):
 @pytest.mark.parametrize("name", ["limited", "tiny"])
 def test_a_result_of_an_average_that_could_not_be_saved(name, few_tokens, tmp_path, monkeypatch):
     """The disk is full when all is done: resuming reads out the same weights."""
-    track, honest = MODULES[name], MODULES[name].write_json
+    track, honest = MODULES[name], run_folder.write_json
 
     def fail_once(path, content) -> None:
         if path.name == "result.json":
-            monkeypatch.setattr(track, "write_json", honest)
+            monkeypatch.setattr(run_folder, "write_json", honest)
             raise OSError("No space left on device")
         honest(path, content)
 
     number = {"limited": 11, "tiny": 8}[name]
     arguments = toy_flags(name, number, few_tokens, tmp_path)
     assert track.main([*arguments, "--run-name=whole"]) == 0
-    monkeypatch.setattr(track, "write_json", fail_once)
+    monkeypatch.setattr(run_folder, "write_json", fail_once)
     assert track.main(arguments) == 1 and not (tmp_path / "run/result.json").exists()
     assert track.main(["--resume", str(tmp_path / "run")]) == 0
     whole, resumed = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "run"))

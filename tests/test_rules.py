@@ -1,4 +1,4 @@
-"""The rules of each track: a result of the right kind is eligible, and each thing that is wrong is a reason by itself."""
+"""The rules of each track: a right result is eligible, and each thing that is wrong is a reason by itself."""
 
 import importlib
 import math

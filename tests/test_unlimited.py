@@ -21,6 +21,7 @@ import torch
 from conftest import ROOT, SMALL, V, flags, read_metrics, run_to_end, set_golden_parameters
 
 import unlimited.train as unlimited
+from slowrun import folder as run_folder
 from slowrun.data import Split, cut, load_split, sha256_file
 from slowrun.folder import write_json
 from slowrun.world import World
@@ -104,7 +105,7 @@ def test_schedules_of_a_constant_rate_with_a_warmdown(base):
 
 
 def test_the_fitness_set_is_whole_documents_that_are_never_trained_on(base):
-    fitness, rest, plan = small_plan(base)
+    fitness, rest, _ = small_plan(base)
     whole = load(base, "train")
     assert np.array_equal(np.concatenate([fitness.tokens, rest.tokens]), whole.tokens)
     assert len(fitness.tokens) <= 500 < len(fitness.tokens) + 60
@@ -315,7 +316,7 @@ def test_run_folder_and_claims(base, folder, capsys):
         assert not (own / "checkpoints").exists() and (own / "curve.png").exists()
 
     members = members_of(folder)
-    config, mixture = unlimited.Config(**base), 0
+    mixture = 0
     assert sum(member["weight"] for member in members) == pytest.approx(1.0) and len(members) == 6
     for split, claimed in (("val", result["val_loss"]), ("holdout", result["holdout_loss"])):
         sequences = torch.from_numpy(load(base, split).sequences(33).astype(np.int64))
@@ -336,31 +337,6 @@ def test_run_folder_and_claims(base, folder, capsys):
         assert sha256_file(folder / "final" / name) == sha256
     assert result["final_sha256"].keys() == {path.name for path in (folder / "final").iterdir()}
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and unlimited.main(["--resume", str(folder)]) == 0
-
-
-def test_eligibility():
-    good = {"data_sha256": unlimited.OFFICIAL_SHA256 | {"holdout": "x"}, "val_tokens": 4880 * 2048, "val_loss": 2.99}
-    good |= {
-        "train_time_s": 80 * 3600,
-        "process_hours": 3200,
-        "world_size": 40,
-        "status": "finished",
-        "as_declared": True,
-    }
-    assert unlimited.ineligible(unlimited.Config(), good) == []
-    wrong = [
-        ({"val_tokens": 4864 * 2048}, "validation targets, not 9,994,240"),
-        ({"train_time_s": 8 * 86400}, "longer than 7 days"),
-        ({"world_size": 72}, "more than 64 GPUs"),
-        ({"process_hours": 10_753}, "more than 64 GPUs"),
-        ({"status": "partial"}, "chains are not finished"),
-        ({"as_declared": False}, "not the one that the run declared"),
-        ({"val_loss": math.nan}, "not finite"),
-        ({"data_sha256": {"val": "x", "train": "y"}}, "not the official files"),
-    ]
-    for change, reason in wrong:
-        (found,) = unlimited.ineligible(unlimited.Config(), good | change)
-        assert reason in found
 
 
 def results_of(folder: Path) -> tuple:
@@ -526,7 +502,7 @@ def test_selection_is_repeated_with_other_settings(base, folder):
     members = read(folder / "result_learned_probability_without_first.json")["members"]
     assert len(members) == 2 and all("cycle_002" in member["file"] for member in members)
     assert unlimited.main([*select, "--selection=uniform", "--average=logit"]) == 0
-    result, config, logs = read(folder / "result_uniform_logit.json"), unlimited.Config(**base), 0
+    result, logs = read(folder / "result_uniform_logit.json"), 0
     sequences = torch.from_numpy(load(base, "val").sequences(33).astype(np.int64))
     for _, log_probs in unlimited.load_members(folder, "cpu"):
         logs = logs + log_probs(sequences[:, :-1]).double() / 4
@@ -680,7 +656,7 @@ BAD_FLAGS = [
     ({"teach_weight": 1.5}, "--teach-weight 1.5 is not in [0, 1]"),
     ({"lr_low": 1.0}, "--lr-low 1.0 is not in [0, 1)"),
     ({"processes_per_chain": 3}, "--processes-per-chain is 3: it must be 1, 2, 4 or 8"),
-    ({"processes_per_chain": 2}, "1 processes, 1 on a machine, cannot form groups of 2 with 8 virtual ranks"),
+    ({"processes_per_chain": 2}, "1 processes cannot form groups of 2 that divide 8 virtual ranks"),
     ({"average": "logit"}, "--average logit needs --selection uniform"),
     ({"selection": "uniform", "keep": 2}, "--keep needs --selection learned"),
     ({"cycles": 1, "leave_out_first": True}, "--leave-out-first leaves nothing of a single cycle"),
@@ -740,17 +716,17 @@ def test_the_memory_of_a_chain_is_free_for_the_next(base, monkeypatch):
 
 def test_a_ledger_that_cannot_be_written_keeps_the_checkpoints(base, folder, monkeypatch, capsys):
     """The disk is full when the chain is done: it stops, and a resume finishes it without training again."""
-    write = unlimited.write_json
+    write = run_folder.write_json
 
     def on_a_full_disk(path, content):
         if path.name == "ledger.json" and content["steps"] == 12:
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(unlimited, "write_json", on_a_full_disk)
+    monkeypatch.setattr(run_folder, "write_json", on_a_full_disk)
     assert unlimited.main(flags(**base | TINY | {"chains": 1})) == 1
     assert "ledger.json is NOT saved" in capsys.readouterr().out
-    monkeypatch.setattr(unlimited, "write_json", write)
+    monkeypatch.setattr(run_folder, "write_json", write)
     assert unlimited.main(["--resume", str(folder)]) == 0
     assert "resumed at step 12/12" in capsys.readouterr().out and len(members_of(folder)) == 2
 
