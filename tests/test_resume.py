@@ -58,8 +58,7 @@ def test_killed_and_resumed(track, small, folder):
     assert_same_losses(folder, folder.parent / "reference", 1e-6)
     steps, _ = read_metrics(folder)
     result = json.loads((folder / "result.json").read_text())
-    assert sum(line["dt_s"] for line in steps) == pytest.approx(result["train_time_s"], rel=1e-6)
-    assert result["wall_time_s"] >= result["train_time_s"]
+    assert 0 < sum(line["dt_s"] for line in steps) < result["train_time_s"] < result["wall_time_s"]
 
 
 @pytest.mark.parametrize("track", ["limited"], indirect=True)  # enough of what is copied

@@ -60,8 +60,7 @@ def test_run_folder(track, small, folder, capsys):
         assert line.items() >= STAGES[track.TRACK][line["epoch"] - 1].items()
     begun = ", ".join(f"{key} {value}" for key, value in STAGES[track.TRACK][1].items())
     assert f"from step 7 on: {begun}".replace("[", "(").replace("]", ")") in printed
-    assert sum(line["dt_s"] for line in steps) == pytest.approx(result["train_time_s"])
-    assert result["train_time_s"] <= result["wall_time_s"]
+    assert 0 < sum(line["dt_s"] for line in steps) < result["train_time_s"] < result["wall_time_s"]
     assert [(line["step"], line["epoch"]) for line in validations] == [(6, 1), (11, 2)]
 
     assert result["status"] == "finished" and result["stopped_by"] == "steps"
@@ -302,7 +301,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(track, small, folder, monkeypat
     printed = capsys.readouterr().out
     assert "stopped: the training loss is nan at step 8" in printed and "step_0000006" in printed
     content = torch.load(folder / "non_finite.pt", weights_only=True)
-    assert content["step"] == 8 and content["tokens"].shape[::3] == (8, 33)
+    assert content["step"] == 8 and content["tokens"].shape == (8, 4, 33)
     assert content["norms"]["lm_head.weight"] != content["norms"]["lm_head.weight"]
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["stopped_by"], result["steps"]) == ("failed", "non_finite_loss", 8)
