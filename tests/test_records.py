@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COMMON, ROOT, SMALL, TRACKS, V, flags, parse, read_metrics, run_to_end, write_data
+from conftest import COMMON, ROOT, SMALL, TRACKS, FakeTime, V, flags, parse, read_metrics, run_to_end, write_data
 
 import model as root
 import tiny.train as tiny
@@ -461,7 +461,7 @@ def test_the_moving_average_of_the_weights(data_dir, tmp_path):
     trainer.run.close()
 
 
-def test_a_run_that_ends_before_its_average_begins(data_dir, tmp_path, monkeypatch):
+def test_a_run_that_ends_before_its_average_begins(data_dir, tmp_path):
     values = SMALL["limited"] | {
         "data_dir": str(data_dir),
         "runs_dir": str(tmp_path),
@@ -469,7 +469,7 @@ def test_a_run_that_ends_before_its_average_begins(data_dir, tmp_path, monkeypat
         "device": "cpu",
     }
     trainer, _ = train.set_up(flags(**values | {"readout": "ema"}))
-    monkeypatch.setattr(trainer.clock, "now", iter(range(10**6)).__next__)
+    FakeTime(trainer)
     object.__setattr__(trainer.config, "time_cap_min", 7.5 / 60)
     trainer.fit()
     assert trainer.stopped_by == "time_cap" and train.finish(trainer) == 0

@@ -47,7 +47,7 @@ def config(tmp_path) -> Config:
     return Config(runs_dir=str(tmp_path / "runs"), run_name="run", n_layer=4, seed=43)
 
 
-# ---------------------------------------------------------------------------------------------------- begin and reopen
+# --------------------------------------------------------------------------------------------------- begin and reopen
 
 
 def test_a_run_begins(config, script, monkeypatch):
@@ -172,7 +172,7 @@ def test_durations():
 
 @pytest.mark.parametrize("track", ["limited", "unlimited"], indirect=True)
 def test_a_run_folder_resumes_anywhere(track, small, tmp_path):
-    """A copy of a folder that was stopped, outside of any checkout, finishes by its own code/ as if nothing had been."""
+    """A copy of a run folder, outside of any checkout, finishes by its own code/ with the uninterrupted run's result."""
     arguments = flags(**small | {"checkpoint_min": 0.0} | ({"cycles": 2} if track.TRACK == "unlimited" else {}))
     assert track.main([*arguments, "--run-name=reference"]) == 0
     stop_after(track, 8, arguments)

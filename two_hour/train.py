@@ -7,7 +7,7 @@
 
 1, 2, 4 or 8 processes compute the same thing: a batch is that of 8 virtual ranks, which the processes share. Every
 field of Config is a flag: see --help. A run writes runs/<name>/, and one that was stopped or killed goes on with
---resume runs/<name>. What the root's train.py and model.py have too is marked as copied.
+--resume runs/<name>. How a result is measured is in slowrun/.
 """
 
 from __future__ import annotations
