@@ -1201,7 +1201,7 @@ def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
         "track": TRACK, "status": "finished", "stopped_by": trainer.stopped_by, "run_id": trainer.run.run_id,
         "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(trainer.readouts.values()),
         "readouts": trainer.readouts, "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
-        "data_efficiency": data_efficiency(val.loss) if rules.is_official(hashes) else None,
+        "data_efficiency": data_efficiency(val.loss) if hashes["val"] == rules.OFFICIAL_SHA256["val"] else None,
         "steps": trainer.step, "tokens": tokens, "epochs": trainer.plan.epochs_done(trainer.step),
         "train_time_s": seconds, "wall_time_s": trainer.wall_time_s(), "time_cap_min": c.time_cap_min,
         "seed": c.seed, "world_size": world.size, "device": device_name(world.device),

@@ -2510,7 +2510,7 @@ def make_result(ensemble: Ensemble, found: dict) -> dict:
         "run_id": ensemble.run.run_id,
         "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(found["readouts"].values()),
         "readouts": found["readouts"], "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
-        "data_efficiency": data_efficiency(val.loss) if rules.is_official(hashes) else None,
+        "data_efficiency": data_efficiency(val.loss) if hashes["val"] == rules.OFFICIAL_SHA256["val"] else None,
         "chains": c.chains, "cycles": c.cycles, "candidates": len(found["members"]), "chosen": len(found["chosen"]),
         "selection": c.selection, "mixing": c.average, "leave_out_first": c.leave_out_first,
         "steps": steps, "tokens": tokens,
