@@ -13,9 +13,7 @@ def losses(folder: Path) -> tuple[list[float], list[float], dict]:
     return [s["train_loss_with_mtp"] for s in steps], [v["val_loss"] for v in validations], result
 
 
-LIMITED = pytest.mark.parametrize(
-    "track", ["limited"], indirect=True
-)  # enough for these
+LIMITED = pytest.mark.parametrize("track", ["limited"], indirect=True)  # enough for these
 
 
 @pytest.mark.parametrize("track, processes", [("limited", 4), ("tiny", 2), ("two_hour", 2)], indirect=["track"])
