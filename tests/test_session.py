@@ -172,7 +172,7 @@ def test_durations():
 
 @pytest.mark.parametrize("track", ["limited", "unlimited"], indirect=True)
 def test_a_run_folder_resumes_anywhere(track, small, tmp_path):
-    """A copy of a run folder, outside of any checkout, finishes by its own code/, with the result of an unbroken run."""
+    """A copy of a run folder, outside of any checkout, finishes by its own code/, with the result of the whole run."""
     arguments = flags(**small | {"checkpoint_min": 0.0} | ({"cycles": 2} if track.TRACK == "unlimited" else {}))
     assert track.main([*arguments, "--run-name=reference"]) == 0
     stop_after(track, 8, arguments)

@@ -656,7 +656,10 @@ BAD_FLAGS = [
     ({"teach_weight": 1.5}, "--teach-weight 1.5 is not in [0, 1]"),
     ({"lr_low": 1.0}, "--lr-low 1.0 is not in [0, 1)"),
     ({"processes_per_chain": 3}, "--processes-per-chain is 3: it must be 1, 2, 4 or 8"),
-    ({"processes_per_chain": 2}, "1 processes cannot form groups of 2 that divide 8 virtual ranks"),
+    (
+        {"processes_per_chain": 2},
+        "groups of 2 that divide 8 virtual ranks: use --processes-per-chain 1, 2, 4 or 8, a divisor",
+    ),
     ({"average": "logit"}, "--average logit needs --selection uniform"),
     ({"selection": "uniform", "keep": 2}, "--keep needs --selection learned"),
     ({"cycles": 1, "leave_out_first": True}, "--leave-out-first leaves nothing of a single cycle"),

@@ -137,7 +137,7 @@ def test_groups_that_do_not_fit_are_refused(size, group, fits):
         world.check_groups(group)
         return
     with pytest.raises(ValueError, match=f"^{size} processes cannot form groups of {group} that divide 8 virtual"):
-        world.check_groups(group)
+        world.check_groups(group, "--group")
 
 
 def test_a_number_of_processes_that_does_not_fit(monkeypatch):

@@ -2703,7 +2703,7 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     # What is the same in all processes is checked by one: one message if it is refused.
     dtype = compute_dtype(config.dtype, world.device)
     group_size = config.processes_per_chain or processes_here()
-    world.on_main(world.check_groups, group_size)
+    world.on_main(world.check_groups, group_size, "--processes-per-chain")
     group = world.split(group_size)
     world.on_main(choose_kernels, config, world.device, dtype)
     needed_gib = 0.0 if config.select_only else world.on_main(check_memory, config, group)
