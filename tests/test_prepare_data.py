@@ -143,7 +143,7 @@ def test_what_is_there_is_not_prepared_again(tmp_path, capsys):
 
 
 def test_files_are_not_overwritten_unasked(tmp_path, hub, monkeypatch, capsys):
-    """Shards without a meta.json, as the original project's: kept, and enough if they are the published ones."""
+    """Splits without a meta.json, as the original project's: kept, and enough if they are the published ones."""
     data = tmp_path / "data"
     arguments = [f"--source={write_texts(tmp_path / 'texts', 'jsonl')}", f"--data-dir={data}", *BUDGETS]
     assert main(arguments) == 0 and main([f"--data-dir={data}", "--push-to-hub=me/shards"]) == 0

@@ -160,22 +160,24 @@ def test_without_a_cap_all_steps_run(track, small, folder):
     )
 
 
-def test_clock_counts_steps_alone(track, small, monkeypatch):
-    """Validation and checkpoints that take an hour each do not count."""
+def test_what_the_clock_counts(track, small, monkeypatch):
+    """Steps of 1 s, and 2 s after each that the script takes for other things; not validation and checkpoints."""
     trainer, _ = track.set_up(flags(**small | {"checkpoint_min": 0.0}))
     fake = FakeTime(trainer)
 
-    def slowly(function):
+    def slowly(name: str, seconds: float) -> None:
+        function = getattr(trainer, name)
+
         def wrapped(*args, **kwargs):
-            fake.time_s += 3600
+            fake.time_s += seconds
             return function(*args, **kwargs)
 
-        return wrapped
+        monkeypatch.setattr(trainer, name, wrapped)
 
-    monkeypatch.setattr(trainer, "validate", slowly(trainer.validate))
-    monkeypatch.setattr(trainer, "save_checkpoint", slowly(trainer.save_checkpoint))
+    for name, seconds in {"validate": 3600.0, "save_checkpoint": 3600.0, "record_step": 2.0}.items():
+        slowly(name, seconds)
     trainer.fit()
-    assert trainer.clock.train_time_s == 11.0
+    assert trainer.clock.train_time_s == 11 * (1.0 + 2.0)
 
 
 def test_projection_warns_of_the_cap(track, small, capsys):

@@ -658,7 +658,7 @@ BAD_FLAGS = [
     ({"processes_per_chain": 3}, "--processes-per-chain is 3: it must be 1, 2, 4 or 8"),
     (
         {"processes_per_chain": 2},
-        "groups of 2 that divide 8 virtual ranks: use --processes-per-chain 1, 2, 4 or 8, a divisor",
+        "groups of 2 that divide 8 virtual ranks: use --processes-per-chain 1, 2, 4 or 8",
     ),
     ({"average": "logit"}, "--average logit needs --selection uniform"),
     ({"selection": "uniform", "keep": 2}, "--keep needs --selection learned"),
