@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,15 @@ def test_names_in_the_code_exist(readme):
         for name in path.split("."):
             assert hasattr(value, name), path
             value = getattr(value, name)
+
+
+def test_the_scripts_have_the_same_sections():
+    """So that a difference of two tracks shows the science."""
+    sections = {}
+    for track in (train, tiny, two_hour, unlimited):
+        titles = re.findall(r"^# =+\n# ([\w ]+)", Path(track.__file__).read_text(), re.MULTILINE)
+        sections[track.TRACK] = titles
+    assert len(sections["limited"]) > 5 and all(titles == sections["limited"] for titles in sections.values())
 
 
 def test_the_table_of_the_instrument_is_complete():
