@@ -108,8 +108,10 @@ def test_bad_data_is_refused_with_what_to_do(data_dir, tmp_path):
     assert "its largest token 200" in refusal(folder)
 
     fresh()
-    resave(train_path, doc_starts=torch.tensor([0, 3]))
-    assert "do not each start with the BOS 96" in refusal(folder)
+    starts = torch.load(train_path, weights_only=True)["doc_starts"]
+    for wrong in (torch.tensor([0, 3]), starts[[0, 2, 1]], starts[1:], starts.int()):
+        resave(train_path, doc_starts=wrong)
+        assert "do not each start with the BOS 96" in refusal(folder)
 
     fresh()
     resave(train_path, tokens=tokens.to(torch.int32))
