@@ -61,6 +61,7 @@ def test_killed_and_resumed(track, small, folder):
     assert 0 < sum(line["dt_s"] for line in steps) < result["train_time_s"] < result["wall_time_s"]
 
 
+@pytest.mark.parametrize("track", ["limited"], indirect=True)  # the others' signals: test_run.py
 def test_stopped_by_a_signal_and_resumed_on_two_processes(track, small, folder):
     """SIGTERM: the step is finished, all is saved, exit code 0, and the line that says how to resume is right."""
     values = {"dtype": "float64", "dropout": 0.1, "num_epochs": 3}
