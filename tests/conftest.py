@@ -18,9 +18,10 @@ from slowrun.folder import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the models are tiny
+# The modules of slowrun/
+INSTRUMENT = ("__init__", "clock", "config", "data", "folder", "machine", "rules", "scoring", "session", "world")
 # Track -> module; a new track adds itself here and below
 TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train"}
-INSTRUMENT = ("__init__", "clock", "config", "data", "folder", "machine", "rules", "scoring", "session", "world")
 UNLIMITED = {"unlimited": "unlimited.train"}  # whose runs are of another kind: tests/test_unlimited.py
 ALL_TRACKS = pytest.mark.parametrize("track", TRACKS | UNLIMITED, indirect=True)
 

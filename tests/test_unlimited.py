@@ -21,6 +21,10 @@ import torch
 from conftest import ROOT, SMALL, V, flags, read_metrics, run_to_end, set_golden_parameters
 
 import unlimited.train as unlimited
+from slowrun import folder as run_folder
+from slowrun.data import Split, cut, load_split, sha256_file
+from slowrun.folder import write_json
+from slowrun.world import World
 
 SCRIPT = "unlimited/train.py"
 TINY = {"cycles": 2, "fitness_tokens": 2500, "log_every": 100}  # 3,500 tokens to train on: 13 steps a chain
@@ -46,9 +50,13 @@ def members_of(folder: Path) -> list[dict]:
     return read(folder / "final" / "members.json")["members"]
 
 
+def load(base: dict, split: str) -> Split:
+    return load_split(base["data_dir"], split, V, base["sequence_len"])
+
+
 def small_plan(base, **changes) -> tuple:
     config = unlimited.Config(**base | changes)
-    fitness, rest = unlimited.split_fitness(unlimited.load_shard("train", config), config)
+    fitness, rest = unlimited.split_fitness(load(base, "train"), config)
     return fitness, rest, unlimited.Plan(config, len(rest.sequences(config.sequence_len + 1)))
 
 
@@ -97,12 +105,12 @@ def test_schedules_of_a_constant_rate_with_a_warmdown(base):
 
 
 def test_the_fitness_set_is_whole_documents_that_are_never_trained_on(base):
-    fitness, rest, plan = small_plan(base)
-    shard = unlimited.load_shard("train", plan.config)
-    assert np.array_equal(np.concatenate([fitness.tokens, rest.tokens]), shard.tokens)
+    fitness, rest, _ = small_plan(base)
+    whole = load(base, "train")
+    assert np.array_equal(np.concatenate([fitness.tokens, rest.tokens]), whole.tokens)
     assert len(fitness.tokens) <= 500 < len(fitness.tokens) + 60
     assert fitness.tokens[0] == rest.tokens[0] == V - 1 and (rest.tokens[rest.doc_starts] == V - 1).all()
-    assert len(fitness.doc_starts) + len(rest.doc_starts) == len(shard.doc_starts)
+    assert len(fitness.doc_starts) + len(rest.doc_starts) == len(whole.doc_starts)
     assert (fitness.tokens[fitness.doc_starts] == V - 1).all()
 
 
@@ -111,28 +119,25 @@ def test_each_chain_has_its_own_order_as_specified(base):
     _, rest, plan = small_plan(base)
     order, ends = np.arange(len(rest.doc_starts)), np.append(rest.doc_starts[1:], len(rest.tokens))
     seed = 43
-    chain = unlimited.Plan(plan.config.of_chain(1), plan.num_sequences)
-    loader = unlimited.TrainLoader(rest, chain, range(8))
     for epoch in (1, 2, 3):
         generator = torch.Generator().manual_seed(seed * 1009 + epoch + 1000)
         order = order[torch.randperm(len(order), generator=generator).numpy()]
         tokens = np.concatenate([rest.tokens[rest.doc_starts[i] : ends[i]] for i in order])
-        sequences, permutation = loader.make_epoch(epoch)
-        assert np.array_equal(sequences, rest.sequences(33, tokens))
+        sequences = cut(tokens, 33)
         generator = torch.Generator().manual_seed(seed * 1009 + epoch + 2000)
-        assert permutation.tolist() == torch.randperm(len(sequences), generator=generator).tolist()
+        expected = sequences[torch.randperm(len(sequences), generator=generator).numpy()]
+        assert np.array_equal(unlimited.epoch_sequences(plan.config.of_chain(1), rest, epoch), expected)
 
 
 def test_batches_of_two_sizes_go_on_through_the_order(base):
     _, rest, plan = small_plan(base)
-    loader = unlimited.TrainLoader(rest, plan, range(8))
-    taken = [loader.batch(step) for step in range(plan.num_steps)]
+    loader = unlimited.make_loader(plan, rest, range(8))
+    taken = [loader.batch(step).unflatten(1, (-1, 2)) for step in range(plan.num_steps)]
     assert [batch.shape for batch in taken[9:11]] == [(8, 1, 2, 33), (8, 2, 2, 33)]
     rows = np.concatenate([batch.swapaxes(0, 1).reshape(-1, 33) for batch in taken])
     expected = []
     for epoch in (1, 2, 3):
-        sequences, order = unlimited.TrainLoader(rest, plan, range(8)).make_epoch(epoch)
-        expected.append(sequences[order[: plan.epoch_micro_steps * 16]])
+        expected.append(unlimited.epoch_sequences(plan.config, rest, epoch)[: plan.epoch_micro_steps * 16])
     assert np.array_equal(rows, np.concatenate(expected))
 
 
@@ -236,7 +241,7 @@ def test_gradients_are_clipped_as_torch_does(base):
     for clip_by_torch in (True, False):
         model = unlimited.GPT(config).double()
         set_golden_parameters(model, 7, 32)
-        world = unlimited.World(0, 1, torch.device("cpu"))
+        world = World(0, 1, torch.device("cpu"))
         optimizer = unlimited.build_optimizer(config, model, world, torch.float64, compile=False)
         for k, p in enumerate(model.parameters()):
             p.grad.copy_(torch.from_numpy(np.random.RandomState(k).standard_normal(p.shape)))
@@ -298,7 +303,7 @@ def test_run_folder_and_claims(base, folder, capsys):
         own = folder / "chains" / f"chain_{chain:02d}"
         assert [member["cycle"] for member in ledger["members"]] == [1, 2, 3]
         for member in ledger["members"]:
-            assert unlimited.sha256_file(own / "final" / member["file"]) == member["sha256"]
+            assert sha256_file(own / "final" / member["file"]) == member["sha256"]
             nats = unlimited.read_nats(own / "final" / member["file"], "val")
             assert nats.shape == (51, 32) and nats.double().mean().item() == pytest.approx(member["val_loss"], abs=1e-6)
         steps, validations = read_metrics(own)
@@ -311,10 +316,10 @@ def test_run_folder_and_claims(base, folder, capsys):
         assert not (own / "checkpoints").exists() and (own / "curve.png").exists()
 
     members = members_of(folder)
-    config, mixture = unlimited.Config(**base), 0
+    mixture = 0
     assert sum(member["weight"] for member in members) == pytest.approx(1.0) and len(members) == 6
     for split, claimed in (("val", result["val_loss"]), ("holdout", result["holdout_loss"])):
-        sequences = torch.from_numpy(unlimited.load_shard(split, config).sequences(33).astype(np.int64))
+        sequences = torch.from_numpy(load(base, split).sequences(33).astype(np.int64))
         mixture = 0
         for weight, log_probs in unlimited.load_members(folder, "cpu"):
             mixture = mixture + weight * log_probs(sequences[:, :-1]).exp().double()
@@ -329,34 +334,9 @@ def test_run_folder_and_claims(base, folder, capsys):
     assert 3600 * result["process_hours"] == pytest.approx(result["train_time_s"]) and result["as_declared"]
     assert not result["eligible"] and result["val_tokens"] == 51 * 32
     for name, sha256 in result["final_sha256"].items():
-        assert unlimited.sha256_file(folder / "final" / name) == sha256
+        assert sha256_file(folder / "final" / name) == sha256
     assert result["final_sha256"].keys() == {path.name for path in (folder / "final").iterdir()}
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and unlimited.main(["--resume", str(folder)]) == 0
-
-
-def test_eligibility():
-    good = {"data_sha256": unlimited.OFFICIAL_SHA256 | {"holdout": "x"}, "val_tokens": 4880 * 2048, "val_loss": 2.99}
-    good |= {
-        "train_time_s": 80 * 3600,
-        "process_hours": 3200,
-        "world_size": 40,
-        "status": "finished",
-        "as_declared": True,
-    }
-    assert unlimited.ineligible(unlimited.Config(), good) == []
-    wrong = [
-        ({"val_tokens": 4864 * 2048}, "validation targets, not 9,994,240"),
-        ({"train_time_s": 8 * 86400}, "longer than 7 days"),
-        ({"world_size": 72}, "more than 64 GPUs"),
-        ({"process_hours": 10_753}, "more than 64 GPUs"),
-        ({"status": "partial"}, "chains are not finished"),
-        ({"as_declared": False}, "not the one that the run declared"),
-        ({"val_loss": math.nan}, "not finite"),
-        ({"data_sha256": {"val": "x", "train": "y"}}, "not the official files"),
-    ]
-    for change, reason in wrong:
-        (found,) = unlimited.ineligible(unlimited.Config(), good | change)
-        assert reason in found
 
 
 def results_of(folder: Path) -> tuple:
@@ -522,8 +502,8 @@ def test_selection_is_repeated_with_other_settings(base, folder):
     members = read(folder / "result_learned_probability_without_first.json")["members"]
     assert len(members) == 2 and all("cycle_002" in member["file"] for member in members)
     assert unlimited.main([*select, "--selection=uniform", "--average=logit"]) == 0
-    result, config, logs = read(folder / "result_uniform_logit.json"), unlimited.Config(**base), 0
-    sequences = torch.from_numpy(unlimited.load_shard("val", config).sequences(33).astype(np.int64))
+    result, logs = read(folder / "result_uniform_logit.json"), 0
+    sequences = torch.from_numpy(load(base, "val").sequences(33).astype(np.int64))
     for _, log_probs in unlimited.load_members(folder, "cpu"):
         logs = logs + log_probs(sequences[:, :-1]).double() / 4
     nats = -logs.log_softmax(-1).gather(-1, sequences[:, 1:, None]).mean().item()
@@ -567,7 +547,7 @@ def test_chains_can_be_added(base, folder, capsys):
     (folder / "result.json").unlink()
     assert unlimited.main(["--resume", str(folder), "--add-chains=1"]) == 2
     assert "--add-chains extends a finished run, and" in capsys.readouterr().err
-    unlimited.write_json(folder / "result.json", {"status": "finished"})
+    write_json(folder / "result.json", {"status": "finished"})
     before = (folder / "config.json").read_bytes()
     for wrong in (
         ["--add-chains=-1"],
@@ -608,7 +588,7 @@ def test_only_so_many_snapshots_are_kept(base, folder):
 
 def test_a_disk_that_is_too_small_is_refused(base, folder, monkeypatch, capsys):
     disk = SimpleNamespace(free=20_000)
-    monkeypatch.setattr(unlimited.shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     assert unlimited.main(flags(**base)) == 2
     error = capsys.readouterr().err
     assert "the run needs up to" in error and "--keep fewer snapshots of a chain" in error and not folder.exists()
@@ -676,7 +656,10 @@ BAD_FLAGS = [
     ({"teach_weight": 1.5}, "--teach-weight 1.5 is not in [0, 1]"),
     ({"lr_low": 1.0}, "--lr-low 1.0 is not in [0, 1)"),
     ({"processes_per_chain": 3}, "--processes-per-chain is 3: it must be 1, 2, 4 or 8"),
-    ({"processes_per_chain": 2}, "1 processes, 1 on a machine, cannot form groups of 2 with 8 virtual ranks"),
+    (
+        {"processes_per_chain": 2},
+        "groups of 2 that divide 8 virtual ranks: use --processes-per-chain 1, 2, 4 or 8",
+    ),
     ({"average": "logit"}, "--average logit needs --selection uniform"),
     ({"selection": "uniform", "keep": 2}, "--keep needs --selection learned"),
     ({"cycles": 1, "leave_out_first": True}, "--leave-out-first leaves nothing of a single cycle"),
@@ -736,17 +719,17 @@ def test_the_memory_of_a_chain_is_free_for_the_next(base, monkeypatch):
 
 def test_a_ledger_that_cannot_be_written_keeps_the_checkpoints(base, folder, monkeypatch, capsys):
     """The disk is full when the chain is done: it stops, and a resume finishes it without training again."""
-    write = unlimited.write_json
+    write = run_folder.write_json
 
     def on_a_full_disk(path, content):
         if path.name == "ledger.json" and content["steps"] == 12:
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(unlimited, "write_json", on_a_full_disk)
+    monkeypatch.setattr(run_folder, "write_json", on_a_full_disk)
     assert unlimited.main(flags(**base | TINY | {"chains": 1})) == 1
     assert "ledger.json is NOT saved" in capsys.readouterr().out
-    monkeypatch.setattr(unlimited, "write_json", write)
+    monkeypatch.setattr(run_folder, "write_json", write)
     assert unlimited.main(["--resume", str(folder)]) == 0
     assert "resumed at step 12/12" in capsys.readouterr().out and len(members_of(folder)) == 2
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / "slowrun").is_dir())))
 
-from slowrun.config import RunConfig, require_at_least
+from slowrun.config import RunConfig, demo_of_record, require_at_least
 from slowrun.data import Loader, Split, shuffled_documents, shuffled_micro_steps
 from slowrun.kernels import (
     CHUNK,
@@ -263,6 +263,12 @@ DEMO = {  # --demo: every technique but fp8, at a size that two CPU cores train 
     "lr_multiplier": 4.0, "weight_decay": 0.3, "decay_hold_epochs": 1, "decay_low_epochs": 3, "decay_end": 0.35,
     "swa_epochs": 2, "readout_epochs": 2, "time_cap_min": 0.0, "compile": "off", "eval_initial": True,
 }  # fmt: skip
+
+
+def record_sizes(settings: dict) -> dict:
+    """Toy sizes for a record with these settings; num_epochs is DEMO's."""
+    return demo_of_record(Config, DEMO, settings, unscaled=("num_epochs",))
+
 
 # ======================================================================================================================
 # Model
@@ -1294,7 +1300,7 @@ def end_epoch(run: Session, train: Training) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, and return the exit code: 0 finished, or stopped by a signal and saved."""
-    run = Session("tiny", Config, DEMO, argv, __file__)
+    run = Session("tiny", Config, DEMO, argv, __file__, record_sizes)
     c = run.config
     plan = run.world.main_first(make_plan, c, run.splits["train"])
     run.require(plan, count_sizes(c, run.dtype))

@@ -8,8 +8,8 @@ An ensemble. Chains of snapshots are trained independently, each by a group of p
 --processes-per-chain says): a cycle of the learning rate gives a snapshot, noise on the weights begins the next, and
 after some cycles the last snapshot teaches. Weights of all snapshots are learned on documents kept from training, and
 their probabilities averaged. How many groups there are does not change the result. Every field of Config is a flag: see
---help. A run writes runs/<name>/, and one that was stopped or killed goes on with --resume runs/<name>. What the
-root's train.py and model.py have too is marked as copied.
+--help. A run writes runs/<name>/, and one that was stopped or killed goes on with --resume runs/<name>. How a result is
+measured is in slowrun/.
 """
 
 from __future__ import annotations
@@ -2703,7 +2703,7 @@ def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
     # What is the same in all processes is checked by one: one message if it is refused.
     dtype = compute_dtype(config.dtype, world.device)
     group_size = config.processes_per_chain or processes_here()
-    world.on_main(world.check_groups, group_size)
+    world.on_main(world.check_groups, group_size, "--processes-per-chain")
     group = world.split(group_size)
     world.on_main(choose_kernels, config, world.device, dtype)
     needed_gib = 0.0 if config.select_only else world.on_main(check_memory, config, group)
