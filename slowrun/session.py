@@ -278,10 +278,16 @@ class Session:
             raise ValueError(f"the run needs {text}: make space, or choose another --runs-dir")
         return text
 
-    def open(self, kernels: dict[str, str]) -> None:
-        """Make or reopen the run folder, catch signals, and print the header. kernels: what is chosen, by setting."""
+    def open(self, kernels: dict[str, str], slower: str = "") -> None:
+        """Make or reopen the run folder, catch signals, and print the header.
+
+        kernels: what is chosen, by setting. slower: what to say of them on a GPU, if they are not the fastest.
+        """
         c, world = self.config, self.world
         self.kernels = kernels
+        self.kernels_line = ", ".join(f"{name} {kernel}" for name, kernel in kernels.items())
+        if world.cuda and slower:
+            self.kernels_line += f" ({slower})"
         self.compiled = c.compile == "on" or (c.compile == "auto" and world.cuda)
         hashes = {name: split.sha256 for name, split in self.splits.items()}
         is_new = self.saved is None
@@ -745,7 +751,6 @@ class Session:
     def _header(self, wandb: str) -> str:
         c, world, plan, saved = self.config, self.world, self.plan, self.saved
         settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
-        kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
         compiled = "compiled" if self.compiled else "not compiled"
         batch = plan.tokens[-1] / plan.num_steps
         lines = {
@@ -753,7 +758,7 @@ class Session:
             "command": shlex.join(saved["command"]),
             "settings": settings,
             "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
-            "device": f"{world.size} x {device_name(world.device)}, {name_of(self.dtype)}, {kernels}, {compiled}, "
+            "device": f"{world.size} x {device_name(world.device)}, {name_of(self.dtype)}, {self.kernels_line}, {compiled}, "
             f"about {self.needed_bytes / GIB:.2g} GiB per process",
             "disk": self.disk_line,
             "data": f"{c.data_dir}: {rules.describe_data(self.splits)}; bytes of tokens {self.bytes_from}",
