@@ -220,8 +220,8 @@ def check_batch(c: Config) -> None:
         )
     if c.term_sequences % c.pass_sequences:  # all passes have one shape
         raise ValueError(
-            f"device_batch {c.device_batch} does not divide the {c.term_sequences} sequences of a term of the gradient: "
-            "change --device-batch"
+            f"device_batch {c.device_batch} does not divide the {c.term_sequences} sequences of a term of the "
+            "gradient: change --device-batch"
         )
 
 

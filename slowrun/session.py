@@ -758,8 +758,9 @@ class Session:
             "command": shlex.join(saved["command"]),
             "settings": settings,
             "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
-            "device": f"{world.size} x {device_name(world.device)}, {name_of(self.dtype)}, {self.kernels_line}, {compiled}, "
-            f"about {self.needed_bytes / GIB:.2g} GiB per process",
+            "device": f"{world.size} x {device_name(world.device)}, {name_of(self.dtype)}, {compiled}, about "
+            f"{self.needed_bytes / GIB:.2g} GiB per process",
+            "kernels": self.kernels_line,
             "disk": self.disk_line,
             "data": f"{c.data_dir}: {rules.describe_data(self.splits)}; bytes of tokens {self.bytes_from}",
             "model": f"{self.sizes.parameters:,} parameters",

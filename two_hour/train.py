@@ -48,6 +48,7 @@ from slowrun.kernels import (
     check_kernels,
     choose_attention,
     dropout,
+    slower_kernels,
     soft_cap,
 )
 from slowrun.machine import compute_dtype
@@ -258,8 +259,8 @@ def check_batch(c: Config) -> None:
         )
     if c.term_sequences % c.pass_sequences:  # all passes have one shape
         raise ValueError(
-            f"device_batch {c.device_batch} does not divide the {c.term_sequences} sequences of a term of the gradient: "
-            "change --device-batch"
+            f"device_batch {c.device_batch} does not divide the {c.term_sequences} sequences of a term of the "
+            "gradient: change --device-batch"
         )
 
 
