@@ -181,6 +181,8 @@ class Config(GPTConfig):
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
     head: Literal["auto", "fp8", "plain"] = "auto"  # lm_head in training; auto: fp8 where the GPU has it
     checkpoint_min: float = 10.0  # minutes between checkpoints, besides those at the ends of epochs
+    checkpoints: bool = True  # write checkpoints; without them a run that is stopped begins anew
+    profile_steps: str = ""  # steps, counted from 1, that torch.profiler records, such as 4-5 or 4-5,9-9 (empty: none)
     log_every: int = 10  # steps between printed lines
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: where WANDB_API_KEY is set
     runs_dir: str = "runs"  # where run folders are made
@@ -228,9 +230,24 @@ class Config(GPTConfig):
         return min(self.device_batch or rows, rows)
 
 
+# Copied from train.py: profile_ranges
+def profile_ranges(text: str) -> list[tuple[int, int]]:
+    """Ranges of optimizer steps such as "4-5,9-9", counted from 1, the last step included; ValueError if malformed."""
+    ranges: list[tuple[int, int]] = []
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r" *(\d+) *- *(\d+) *", part)
+        first, last = map(int, match.groups()) if match else (0, 0)
+        after = ranges[-1][1] if ranges else 0
+        form = "ranges FIRST-LAST of steps counted from 1, in order and apart, such as 4-5 or 4-5,9-9"
+        require(after < first <= last, f"--profile-steps {text}: {part!r} does not fit, give {form}")
+        ranges.append((first, last))
+    return ranges
+
+
 # Copied from train.py: check_config
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError); those that the tracks share."""
+    profile_ranges(c.profile_steps)
     positive = ["num_epochs", "batch_tokens", "micro_batch", "eval_batch", "val_sequences", "readout_epochs"]
     positive.append("log_every")
     for name in [*positive, "device_batch", "swa_epochs", "time_cap_min", "meta_step", "seed"]:
@@ -266,7 +283,9 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in less 
     "decay_end_value": 0.35, "time_cap_min": 0.0, "compile": "off", "eval_initial": True,
 }  # fmt: skip
 # Copied from train.py: RESUME_MAY_CHANGE
-RESUME_MAY_CHANGE = {"data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb"}  # these do not change the result
+RESUME_MAY_CHANGE = {  # these do not change the result
+    "data_dir", "eval_batch", "checkpoint_min", "checkpoints", "log_every", "profile_steps", "wandb",
+}  # fmt: skip
 
 
 # Copied from train.py: field_types
@@ -361,6 +380,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     parser.add_argument("--record", metavar="N", type=int, help="train published record N of this track")
     parser.add_argument("--list-records", action="store_true", help="show the records of this track, and exit")
+    text = "write the stages, steps, operations and bytes of the run to this file as JSON, and exit"
+    parser.add_argument("--plan", metavar="FILE", help=text)
     for name, hint in field_types().items():
         default, text = getattr(Config, name), field_comments()[name].replace("%", "%%")
         kind = {"type": hint, "metavar": getattr(hint, "__name__", "")}
@@ -371,7 +392,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, help=f"{text} [{default}]", default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    demo, resume, record = (given.pop(name) for name in ("demo", "resume", "record"))
+    demo, resume, record, plan = (given.pop(name) for name in ("demo", "resume", "record", "plan"))
     if given.pop("list_records"):
         if os.environ.get("RANK", "0") == "0":
             print(list_records())
@@ -379,6 +400,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     require(record is None or resume is None, "--record is for a new run: --resume goes on with the run's own settings")
     settings = {} if record is None else read_record(record)
     toy = {} if not demo else DEMO if record is None else toy_settings(settings)
+    if plan is not None:
+        require(resume is None, "--plan is for a new run: the folder of one that began has its config.json")
+        if os.environ.get("RANK", "0") == "0":
+            print(write_plan(Config(**settings | toy | given), Path(plan)))
+        parser.exit()
     return settings | toy | given, resume
 
 
@@ -1122,8 +1148,12 @@ KERNELS = {  # what computes everywhere, what is faster, how far that may be off
 
 
 # Copied from train.py: check_kernels
-def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
-    """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
+def check_kernels(config: Config, device: torch.device, **kernels: str) -> dict[str, float]:
+    """Compare kernels with plain operations on random numbers -> the error of each, 0 for the plain ones themselves.
+
+    ValueError if one fails or is wrong on this machine.
+    """
+    errors = {}
     for name, kernel in kernels.items():
         fallback, _, limit, error_of = KERNELS[name]
         try:
@@ -1133,6 +1163,8 @@ def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
         except RuntimeError as failure:
             raise ValueError(f"{name} {kernel} fails here ({failure}): use --{name} {fallback}") from failure
         require(error < limit, f"{name} {kernel} is wrong here, by {error:g}: use --{name} {fallback}, and report it")
+        errors[name] = error
+    return errors
 
 
 # Adapted from model.py: flops_per_token -- passes
@@ -1145,24 +1177,48 @@ def flops_per_token(config: GPTConfig, passes: int) -> float:
     return (6 + 2 * (passes - 1)) * (stack + 2 * C * keys) + 6 * once
 
 
-# Adapted from train.py: memory_gib -- other parameters are moved, an average is kept, recurrence keeps nothing
-def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
-    """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all).
-
-    The last is an estimate, from what autograd keeps of each layer, and from the logits of a chunk.
-    """
+# Copied from train.py: parameter_counts
+@cache
+def parameter_counts(config: Config) -> tuple[int, float, int]:
+    """-> (All parameters, those of the average block of the trunk, those of tables)."""
     with torch.device("meta"):
-        total = sum(p.numel() for p in GPT(config).parameters())
-    C, V = config.n_embd, config.padded_vocab
-    positions = config.device_rows * config.sequence_len
-    tables, moved = 2 * V * C, config.mlp_elements * config.n_layer
-    # float32: masters but those of the tables, two gradients; two moments of the tables, one of the rest, an average of
-    # the weights; a moved copy of the MLPs' matrices
-    static = 4 * (total - tables + 2 * total + (2 * total + tables) / world_size + moved * config.meta_gradient)
-    static += dtype.itemsize * (total + tables)
-    per_layer = (14 * C + 3 * config.hidden) * dtype.itemsize + C
-    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + tables / 2 * 8  # a chunk's logits; the gradient
-    return total, static / 2**30, (static + positions * per_layer * config.n_layer + head) / 2**30
+        sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
+    blocks = sum(size for name, size in sizes.items() if name.startswith("transformer.h."))
+    tables = 2 * config.padded_vocab * config.n_embd
+    tables += sum(size for name, size in sizes.items() if name.startswith("ve_tables."))
+    return sum(sizes.values()), blocks / config.n_layer, tables
+
+
+# Adapted from train.py: layer_bytes -- another block
+def layer_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of a layer, per position."""
+    return (14 * config.n_embd + 3 * config.hidden) * dtype.itemsize + config.n_embd
+
+
+# Adapted from train.py: held_bytes -- other parameters are moved, an average is kept, recurrence keeps nothing
+def held_bytes(config: Config, world_size: int, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
+    """Bytes that a process holds, by what they are; activations and logits are an estimate.
+
+    layers: calls of a layer that backward goes through (None: the most of any stage).
+    """
+    C, V, (total, _, tables) = config.n_embd, config.padded_vocab, parameter_counts(config)
+    positions, moved = config.device_rows * config.sequence_len, config.mlp_elements * config.n_layer
+    layers = config.n_layer if layers is None else layers
+    return {
+        "weights": 4 * (total - tables) + dtype.itemsize * (total + tables),  # tables have no float32 masters
+        "gradients": 4 * (2 * total + moved * config.meta_gradient),  # two, and a moved copy
+        "optimizer": 4 * (2 * total + tables) / world_size,  # two moments of the tables, one of the rest, an average
+        "activations": positions * layer_bytes(config, dtype) * layers,
+        "logits": min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + V * C * 8,  # of a chunk; the head's gradient
+    }
+
+
+# Copied from train.py: memory_gib
+def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
+    """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all, which is an estimate)."""
+    held = held_bytes(config, world_size, dtype)
+    static = held["weights"] + held["gradients"] + held["optimizer"]
+    return parameter_counts(config)[0], static / 2**30, sum(held.values()) / 2**30
 
 
 # Copied from train.py: check_memory
@@ -1204,15 +1260,23 @@ def disk_space(folder: Path) -> tuple[float, float]:
     return sum(sizes.values()) / 2**30, shutil.disk_usage(disk).free / 2**30
 
 
+# Copied from train.py: disk_needed_gib
+def disk_needed_gib(config: Config, dtype: torch.dtype) -> float:
+    """GiB that a run needs at most: the readout's weights, and three checkpoints."""
+    member, checkpoint = disk_gib(config, dtype)
+    return max(1, config.kept_epochs) * member + 3 * checkpoint * config.checkpoints
+
+
 # Copied from train.py: check_disk
 def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
     member, checkpoint = disk_gib(config, dtype)
-    members = max(1, config.kept_epochs)
-    needed = members * member + 3 * checkpoint
+    members, needed = max(1, config.kept_epochs), disk_needed_gib(config, dtype)
     there, free = disk_space(folder)
-    parts = f"weights for the readout, {members} x {member:.3g} GiB in {str(dtype)[6:]}, "
-    parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
+    parts = f"weights for the readout, {members} x {member:.3g} GiB in {str(dtype)[6:]}, and "
+    parts += f"three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
+    if not config.checkpoints:
+        parts = f"weights for the readout, {members} x {member:.3g} GiB; no checkpoints, so --resume would begin anew"
     said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"
     had = f", and {there:.3g} GiB of it are there" if there else ""
     require(needed - there < free, f"the run needs {said}{had}: make space, or choose another --runs-dir")
@@ -1619,6 +1683,30 @@ class Plan:
 def stage(plan: Plan, step: int) -> dict:
     """What switches once in a run, as keyword arguments of the model: here, the number of passes."""
     return {"passes": 1 if step < plan.config.passes_from * plan.num_steps else plan.config.passes}
+
+
+# Adapted from train.py: stage_name -- passes
+def stage_name(plan: Plan, step: int) -> str:
+    """The stage of a step in a word, as plans and tools name it."""
+    passes = stage(plan, step)["passes"]
+    return {1: "one_pass", 2: "two_passes"}.get(passes, f"{passes}_passes")
+
+
+# Adapted from train.py: short_runs -- passes
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs for a measurement: "all" has each stage in an epoch of its own, the others are of one stage."""
+    late = {1: "one_pass", 2: "two_passes"}.get(config.passes, f"{config.passes}_passes")
+    runs = {"one_pass": {"num_epochs": 1, "passes_from": 1.0}, late: {"num_epochs": 1, "passes_from": 0.0}}
+    runs["all"] = {"num_epochs": 2, "passes_from": 0.5} if config.passes > 1 else runs["one_pass"]
+    others = {"swa_epochs": 0, "readout": "last", "decay_schedule": False}
+    return {name: settings | others for name, settings in runs.items()}
+
+
+# Adapted from train.py: layer_calls -- passes, of which the last goes backward
+def layer_calls(plan: Plan, step: int) -> tuple[int, int, float]:
+    """-> (Calls of a layer in a forward pass, those that a backward pass follows, calls of the head)."""
+    L = plan.config.n_layer
+    return L * stage(plan, step)["passes"], L, 1
 
 
 # Copied from train.py: stage_changes
@@ -2265,6 +2353,60 @@ class Run:
 # ======================================================================================================================
 
 
+# Copied from train.py: StepProfiler
+class StepProfiler:
+    """Records ranges of optimizer steps with torch.profiler, in the main process alone, into the run folder.
+
+    profile_4-5.json.gz is a trace (chrome://tracing, ui.perfetto.dev), profile_4-5.txt a table of operators. No number
+    of the run changes, but recording and writing take time, which is on the clock.
+    """
+
+    def __init__(self, config: Config, run: Run, cuda: bool):
+        self.ranges = profile_ranges(config.profile_steps) if run.main else []
+        self.run, self.cuda, self.profile, self.since = run, cuda, None, 0.0
+
+    def before_step(self, number: int) -> None:
+        """number: of the step that comes, counted from 1."""
+        if not self.ranges or number != self.ranges[0][0]:
+            return
+        if self.cuda:
+            torch.cuda.synchronize()
+        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * self.cuda
+        self.profile, self.since = torch.profiler.profile(activities=kinds, acc_events=True), number
+        self.profile.start()
+
+    def after_step(self, number: int, last: bool = False) -> None:
+        """number: of the step that was made; last: none follows."""
+        if self.profile is not None and (last or number == self.ranges[0][1]):
+            self.write(f"profile_{self.since}-{number}")
+        elif last and self.ranges:
+            self.run.log(f"profile of steps {self.ranges[0][0]}-{self.ranges[0][1]}: the run did not go through them")
+
+    def write(self, name: str) -> None:
+        started, folder, said = time.monotonic(), self.run.folder, "written"
+        if self.cuda:
+            torch.cuda.synchronize()
+        profile, self.profile = self.profile, None
+        self.ranges.pop(0)
+        profile.stop()
+        try:
+            profile.export_chrome_trace(str(folder / "unfinished.json.gz"))
+            os.replace(folder / "unfinished.json.gz", folder / f"{name}.json.gz")
+            by = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
+            (folder / f"{name}.txt").write_text(profile.key_averages().table(sort_by=by, row_limit=60))
+        except OSError as error:  # a full disk: no reason to end a run
+            said = f"NOT written ({error})"
+        self.run.log(f"{name}: trace and table {said}, which took {time.monotonic() - started:.1f} s")
+
+
+# Copied from train.py: peak_memory_gib
+def peak_memory_gib(world: World) -> float:
+    """Most memory that this process had: of the GPU what tensors took, without one that of the process."""
+    if world.cuda:
+        return torch.cuda.max_memory_allocated(world.device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
 # Copied from train.py: NonFiniteLoss
 class NonFiniteLoss(RuntimeError):
     """A loss is NaN or infinite."""
@@ -2322,6 +2464,7 @@ class Trainer:
         self.recent_s: deque[float] = deque(maxlen=5)  # durations of the last steps
         self.unprinted_s: list[float] = []  # durations of the steps since the last printed line
         self.last_checkpoint, self.checkpoint_due, self.checkpoint_failure = time.monotonic(), False, ""
+        self.profiler = StepProfiler(config, run, world.cuda)
 
     # ------------------------------------------------------------------------------------------------ an optimizer step
 
@@ -2359,7 +2502,8 @@ class Trainer:
             halves = [pieces[:middle], pieces[middle:]] if self.config.meta_gradient else [pieces]
             run = partial(self.run_pieces, step, v, share=1 / (VIRTUAL_RANKS * len(pieces)), totals=totals)
             add_gradient(self.weights, self.optimizer, [partial(run, half) for half in halves], eta)
-        update_weights(self.optimizer, self.plan, step)
+        with torch.profiler.record_function("optimizer"):
+            update_weights(self.optimizer, self.plan, step)
         if not self.world.cuda:
             return totals.tolist
         host, event = torch.empty_like(totals, device="cpu", pin_memory=True), torch.cuda.Event()
@@ -2377,8 +2521,8 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Check the kernels; run every graph that the run will need, on random tokens; leave no trace of it."""
-        c, device = self.config, self.world.device
-        check_kernels(c, device, **self.kernels)
+        c, device, started = self.config, self.world.device, time.monotonic()
+        errors = check_kernels(c, device, **self.kernels)
         stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
         with torch.random.fork_rng([device] if self.world.cuda else []):
             for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
@@ -2396,6 +2540,8 @@ class Trainer:
                 self.world.sum([0])
         self.optimizer.step(0.0, 0.0, 0.95)  # connects the processes
         self.optimizer.steps = 0
+        kernels = ", ".join(f"{name} {self.kernels[name]} (error {error:.2g})" for name, error in errors.items())
+        self.run.log(f"warm-up   {time.monotonic() - started:.1f} s, compilation included; {kernels}")
 
     # --------------------------------------------------------------------------------------------------- training loop
 
@@ -2409,9 +2555,11 @@ class Trainer:
             self.validate("initial")
         self.clock.start()
         while self.step < self.plan.num_steps and not self.stopped_by:
+            self.profiler.before_step(self.step + 1)
             self.pending.append((self.step, self.train_step(self.step)))
             self.step += 1
             self.settle(keep)
+            self.profiler.after_step(self.step)
             if self.step == projection_at:
                 self.print_projection()
             epoch_ends = self.plan.epochs_done(self.step) > self.plan.epochs_done(self.step - 1)
@@ -2424,6 +2572,7 @@ class Trainer:
                 if self.stopped_by == "signal":
                     self.draw_curve()
                 self.clock.start()
+        self.profiler.after_step(self.step, last=True)
         self.stopped_by = self.stopped_by or "steps"
 
     def take_signal(self, number: int, frame) -> None:
@@ -2477,6 +2626,7 @@ class Trainer:
         }
         values |= {"train_loss": lm_loss, "train_loss_with_mtp": loss}
         values |= schedule(self.plan, step) | stage(self.plan, step)
+        values["peak_memory_gib"] = round(peak_memory_gib(self.world), 3)
         self.run.record(values, to_wandb=done % c.log_every == 0)
         if step in self.stages and step > 0:
             self.run.log(f"from step {done} on: {self.stages[step]}")
@@ -2546,15 +2696,20 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self) -> None:
-        """Write all that the run needs to go on from here. A failure is said, and does not end the run."""
-        started, tensors = time.monotonic(), training_state(self)
+        """Write all that the run needs to go on from here. A failure is said, and does not end the run.
+
+        Without --checkpoints only the readout's weights are written.
+        """
+        started, wanted = time.monotonic(), self.config.checkpoints
+        tensors = training_state(self) if wanted else {}
         if self.world.main:
             info = {"step": self.step, "train_time_s": self.clock.train_time_s, "wall_time_s": self.wall_time_s()}
             info |= {"readouts": self.readouts, "members": self.members, "recent_s": [*self.recent_s]}
             info["stopped_by"] = self.stopped_by if self.stopped_by == "time_cap" else ""
-            failure = self.save_members() or self.run.save_checkpoint(tensors, info)
+            failure = self.save_members() or (self.run.save_checkpoint(tensors, info) if wanted else "")
             said = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
-            self.run.log(f"checkpoint at step {self.step} {said}, in {time.monotonic() - started:.1f} s")
+            if wanted or failure:
+                self.run.log(f"checkpoint at step {self.step} {said}, in {time.monotonic() - started:.1f} s")
         self.checkpoint_failure = self.world.share(lambda: failure)
         self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
 
@@ -2615,7 +2770,13 @@ class Trainer:
     def say_how_to_resume(self) -> int:
         """-> the exit code: 0 if the checkpoint is saved."""
         how = resume_command(self.world.size, self.run.folder)
-        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; resume with: {how}")
+        stopped = f"stopped by {self.signal or 'a signal'} after step {self.step}"
+        if not self.config.checkpoints:
+            kept = self.run.checkpoints()
+            begins = f"goes on from step {int(kept[-1].stem[5:])}" if kept else "begins anew"
+            self.run.log(f"{stopped}, which --no-checkpoints did not save: {how} {begins}")
+            return 1
+        self.run.log(f"{stopped}; resume with: {how}")
         return 1 if self.checkpoint_failure else 0
 
 
@@ -2745,9 +2906,6 @@ def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
     c, world, seconds = trainer.config, trainer.world, trainer.clock.train_time_s
     tokens = trainer.plan.tokens_done(trainer.step)
     hashes, folder = {split: shard.sha256 for split, shard in trainer.shards.items()}, trainer.run.folder
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if world.cuda:
-        memory = torch.cuda.max_memory_allocated(world.device)
     peak = peak_flops(world.device)
     return {
         "track": TRACK, "status": "finished", "stopped_by": trainer.stopped_by, "run_id": trainer.run.run_id,
@@ -2760,7 +2918,7 @@ def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
         "dtype": str(trainer.dtype).removeprefix("torch."), "compiled": trainer.compiled, **trainer.kernels,
         "mixing": MIXING,
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / seconds,
+        "peak_memory_gib": peak_memory_gib(world), "tokens_per_s": tokens / seconds,
         "mfu": trainer.flops[trainer.step] / seconds / peak / world.size if peak else None,
         "parameters": trainer.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
         "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
@@ -2869,6 +3027,127 @@ def finish(trainer: Trainer) -> int:
     if trainer.run.wandb is not None:
         trainer.run.wandb.summary.update(result)
     return 0
+
+
+# Copied from train.py: training_sequences
+def training_sequences(config: Config) -> int:
+    """Sequences of T + 1 tokens in the training data."""
+    return len(load_shard("train", config).sequences(config.sequence_len + 1))
+
+
+# Copied from train.py: official_sequences
+def official_sequences(config: Config) -> int:
+    """As training_sequences, of the official 100,000,000 tokens."""
+    return 100_000_000 // (config.sequence_len + 1)
+
+
+# Copied from train.py: plan_repeats
+def plan_repeats(config: Config) -> int:
+    """How often a run goes through its plan."""
+    return 1
+
+
+# Copied from train.py: moved_bytes
+def moved_bytes(config: Config, world_size: int, dtype: torch.dtype, tokens: int, calls: tuple) -> dict[str, float]:
+    """Bytes that a process reads and writes at least in an optimizer step of so many tokens, by what they are.
+
+    calls: see layer_calls. Each pass reads the weights of every call, once forward and once backward, adds to float32
+    gradients, and writes and reads what backward needs, the logits and their gradient. A step makes the compute weights
+    of the masters and takes their gradients back, once, and with the meta-gradient once more for each virtual rank.
+    """
+    forward, backward, heads = calls
+    total, block, tables = parameter_counts(config)
+    once = total - block * config.n_layer - config.padded_vocab * config.n_embd  # all but the trunk and wte
+    positions = config.device_rows * config.sequence_len
+    passes = tokens / (world_size * positions)
+    points = 1 + VIRTUAL_RANKS / world_size * config.meta_gradient
+    return {
+        "weights": passes * dtype.itemsize * (block * (forward + backward) + 2 * once)
+        + points * (4 + dtype.itemsize) * total,
+        "gradients": passes * 8 * (block * config.n_layer + once) + points * 12 * total,
+        "optimizer": (12 * total + 8 * (total + tables)) / world_size,
+        "activations": 2 * passes * positions * layer_bytes(config, dtype) * backward,
+        "logits": 4 * passes * positions * config.padded_vocab * dtype.itemsize * heads,
+    }
+
+
+# Copied from train.py: plan_stages
+def plan_stages(plan: Plan, world_size: int, dtype: torch.dtype) -> list[dict]:
+    """The stages of a plan in order: consecutive steps of the same name, tokens and operations."""
+    stages: list[dict] = []
+    for step in range(plan.num_steps):
+        tokens = plan.tokens_done(step + 1) - plan.tokens_done(step)
+        same = {"stage": stage_name(plan, step), "tokens_per_step": tokens}
+        same["flops_per_token"] = step_flops_per_token(plan, step)
+        if stages and same.items() <= stages[-1].items():
+            stages[-1]["steps"] += 1
+            continue
+        calls = layer_calls(plan, step)
+        moved = moved_bytes(plan.config, world_size, dtype, tokens, calls)
+        held = held_bytes(plan.config, world_size, dtype, calls[1])
+        counted = {"flops_per_step": same["flops_per_token"] * tokens, "moved_bytes": moved, "held_bytes": held}
+        stages.append(same | {"from_step": step + 1, "steps": 1} | counted)
+    return stages
+
+
+# Copied from train.py: make_plan
+def make_plan(config: Config) -> dict:
+    """What --plan writes. Bytes are those of a process; how many there are, torchrun says (else there is one)."""
+    path = Path(config.data_dir) / "fineweb_train.pt"
+    data = f"{path}" if path.exists() else f"100,000,000 tokens, as {path} is not there"
+    plan = Plan(config, training_sequences(config) if path.exists() else official_sequences(config))
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    dtype = compute_dtype(config, device)
+    if config.dtype == "auto" and config.device != "cpu":
+        dtype = torch.bfloat16  # that of the GPUs which a run is planned for
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    check_world_size(world_size)
+    member, checkpoint = disk_gib(config, dtype)
+    total, *_ = parameter_counts(config)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    # summed gradients are float32, gathered values too; of 8 processes each sends and receives 7 parts of 8
+    communication = 2 * 4 * total * (VIRTUAL_RANKS - 1) / VIRTUAL_RANKS
+    return {
+        "track": TRACK, "data": data, "assumed_data": not path.exists(), "sequences": plan.num_sequences,
+        "parameters": total, "num_steps": plan.num_steps, "tokens": plan.tokens_done(plan.num_steps),
+        "repeats": plan_repeats(config), "time_cap_min": config.time_cap_min, "dtype": str(dtype)[6:],
+        "virtual_ranks": VIRTUAL_RANKS, "world_size": world_size,
+        "stages": plan_stages(plan, world_size, dtype),
+        "memory_gib": {str(size): memory_gib(config, size, dtype)[2] for size in (1, 2, 4, 8)},
+        "disk_gib": {"member": member, "checkpoint": checkpoint, "most": disk_needed_gib(config, dtype)},
+        "communication_bytes_of_8": communication,
+        "device": {"name": device_name(device), "memory_gib": memory / 2**30, "peak_flops": peak_flops(device)},
+        "short_runs": {name: as_flags(settings) for name, settings in short_runs(config).items()},
+    }  # fmt: skip
+
+
+# Copied from train.py: as_flags
+def as_flags(settings: dict) -> list[str]:
+    """{"num_epochs": 2, "decay_schedule": False} -> ["--num-epochs=2", "--no-decay-schedule"]"""
+    flags = {name.replace("_", "-"): value for name, value in settings.items()}
+    return [
+        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in flags.items()
+    ]
+
+
+# Copied from train.py: write_plan
+def write_plan(config: Config, path: Path) -> str:
+    """Write make_plan's JSON -> a summary of it. ValueError if the file cannot be written."""
+    plan = make_plan(config)
+    failure = try_to_write_json(path, plan)
+    require(not failure, f"the plan is not written ({failure}): choose another --plan FILE")
+    lines = [f"NanoGPT Slowrun, {TRACK} track: {plan['num_steps']:,} steps, {plan['tokens']:,} tokens ({plan['data']})"]
+    for each in plan["stages"]:
+        steps = f"from step {each['from_step']:,}: {each['steps']:,} steps of {each['tokens_per_step']:,} tokens"
+        lines.append(f"{each['stage']:24} {steps}, {each['flops_per_step'] / 1e15:,.3g} PFLOP each")
+    gib = ", ".join(f"{gib:.3g} on {size}" for size, gib in plan["memory_gib"].items())
+    lines.append(
+        f"GiB of memory per process, estimated in {plan['dtype']}: {gib}; of disk: {plan['disk_gib']['most']:.3g}"
+    )
+    return "\n".join([*lines, f"written to {path}"])
 
 
 # Copied from train.py: set_up

@@ -215,6 +215,8 @@ class Config(GPTConfig):
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
     checkpoint_min: float = 10.0  # minutes between checkpoints, besides those at the ends of cycles
+    checkpoints: bool = True  # write checkpoints; without them a run that is stopped begins anew
+    profile_steps: str = ""  # steps, counted from 1, that torch.profiler records, such as 4-5 or 4-5,9-9 (empty: none)
     log_every: int = 10  # steps between printed lines
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: where WANDB_API_KEY is set
     runs_dir: str = "runs"  # where run folders are made
@@ -250,9 +252,24 @@ class Config(GPTConfig):
         return dataclasses.replace(self, seed=self.seed + chain)
 
 
+# Copied from train.py: profile_ranges
+def profile_ranges(text: str) -> list[tuple[int, int]]:
+    """Ranges of optimizer steps such as "4-5,9-9", counted from 1, the last step included; ValueError if malformed."""
+    ranges: list[tuple[int, int]] = []
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r" *(\d+) *- *(\d+) *", part)
+        first, last = map(int, match.groups()) if match else (0, 0)
+        after = ranges[-1][1] if ranges else 0
+        form = "ranges FIRST-LAST of steps counted from 1, in order and apart, such as 4-5 or 4-5,9-9"
+        require(after < first <= last, f"--profile-steps {text}: {part!r} does not fit, give {form}")
+        ranges.append((first, last))
+    return ranges
+
+
 # Adapted from train.py: check_config -- chains of cycles, batches of two sizes
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError)."""
+    profile_ranges(c.profile_steps)
     positive = ["chains", "cycles", "cycle_epochs", "batch_tokens", "outer_batch_tokens", "micro_batch", "eval_batch"]
     positive += ["val_sequences", "fitness_tokens", "log_every", "teach_temperature"]
     least_0 = ["first_cycle_epochs", "teach_after", "keep", "processes_per_chain", "add_chains", "device_batch", "seed"]
@@ -305,8 +322,8 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in less 
 
 # Adapted from train.py: RESUME_MAY_CHANGE -- how chains are spread, and how members are weighed
 RESUME_MAY_CHANGE = {  # these do not change the training
-    "data_dir", "eval_batch", "checkpoint_min", "log_every", "wandb", "processes_per_chain", "add_chains",
-    "select_only", "selection", "average", "leave_out_first",
+    "data_dir", "eval_batch", "checkpoint_min", "checkpoints", "log_every", "profile_steps", "wandb",
+    "processes_per_chain", "add_chains", "select_only", "selection", "average", "leave_out_first",
 }  # fmt: skip
 
 
@@ -398,6 +415,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     parser.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     parser.add_argument("--record", metavar="N", type=int, help="train published record N of this track")
     parser.add_argument("--list-records", action="store_true", help="show the records of this track, and exit")
+    text = "write the stages, steps, operations and bytes of the run to this file as JSON, and exit"
+    parser.add_argument("--plan", metavar="FILE", help=text)
     for name, hint in field_types().items():
         default, text = getattr(Config, name), field_comments()[name].replace("%", "%%")
         kind = {"type": hint, "metavar": getattr(hint, "__name__", "")}
@@ -408,7 +427,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, help=f"{text} [{default}]", default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    demo, resume, record = (given.pop(name) for name in ("demo", "resume", "record"))
+    demo, resume, record, plan = (given.pop(name) for name in ("demo", "resume", "record", "plan"))
     if given.pop("list_records"):
         if os.environ.get("RANK", "0") == "0":
             print(list_records())
@@ -416,6 +435,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict, str | None]:
     require(record is None or resume is None, "--record is for a new run: --resume goes on with the run's own settings")
     settings = {} if record is None else read_record(record)
     toy = {} if not demo else DEMO if record is None else toy_settings(settings)
+    if plan is not None:
+        require(resume is None, "--plan is for a new run: the folder of one that began has its config.json")
+        if os.environ.get("RANK", "0") == "0":
+            print(write_plan(Config(**settings | toy | given), Path(plan)))
+        parser.exit()
     return settings | toy | given, resume
 
 
@@ -1240,8 +1264,12 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
 
 
 # Copied from train.py: check_kernels
-def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
-    """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
+def check_kernels(config: Config, device: torch.device, **kernels: str) -> dict[str, float]:
+    """Compare kernels with plain operations on random numbers -> the error of each, 0 for the plain ones themselves.
+
+    ValueError if one fails or is wrong on this machine.
+    """
+    errors = {}
     for name, kernel in kernels.items():
         fallback, _, limit, error_of = KERNELS[name]
         try:
@@ -1251,6 +1279,8 @@ def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
         except RuntimeError as failure:
             raise ValueError(f"{name} {kernel} fails here ({failure}): use --{name} {fallback}") from failure
         require(error < limit, f"{name} {kernel} is wrong here, by {error:g}: use --{name} {fallback}, and report it")
+        errors[name] = error
+    return errors
 
 
 # Copied from model.py: flops_per_token
@@ -1267,25 +1297,48 @@ def flops_per_token(config: GPTConfig, replay: bool) -> float:
     return 6 * (weights + heads * C * config.padded_vocab) + 12 * C * keys
 
 
-# Adapted from train.py: memory_gib -- a teacher
-def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
-    """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all).
-
-    The last is an estimate, from what autograd keeps of each layer, and from the logits of a chunk.
-    """
+# Copied from train.py: parameter_counts
+@cache
+def parameter_counts(config: Config) -> tuple[int, float, int]:
+    """-> (All parameters, those of the average block of the trunk, those of tables)."""
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
-    C, V, total = config.n_embd, config.padded_vocab, sum(sizes.values())
-    positions = config.device_rows * config.sequence_len
-    tables = 2 * V * C + sum(size for name, size in sizes.items() if name.startswith("ve_tables."))
-    # float32: masters and two gradients; AdamW keeps two moments of the tables, Muon one of the rest and a moved copy
-    static = 3 * total + (total + tables) / world_size + (total - tables) * config.meta_gradient
-    taught = 0 < config.teach_after < config.cycles
-    static = 4 * static + dtype.itemsize * total * (1 + taught)
-    per_layer = (13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C
-    layers = len(config.layer_order(replay=config.replay_from < 1))
-    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) * (1 + taught) + V * C * 8  # logits; the gradient
-    return total, static / 2**30, (static + positions * per_layer * layers + head) / 2**30
+    blocks = sum(size for name, size in sizes.items() if name.startswith("transformer.h."))
+    tables = 2 * config.padded_vocab * config.n_embd
+    tables += sum(size for name, size in sizes.items() if name.startswith("ve_tables."))
+    return sum(sizes.values()), blocks / config.n_layer, tables
+
+
+# Copied from train.py: layer_bytes
+def layer_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of a layer, per position."""
+    return (13 * config.n_embd + 3 * config.hidden) * dtype.itemsize + 2 * config.n_embd
+
+
+# Adapted from train.py: held_bytes -- a teacher
+def held_bytes(config: Config, world_size: int, dtype: torch.dtype, layers: int | None = None) -> dict[str, float]:
+    """Bytes that a process holds, by what they are; activations and logits are an estimate.
+
+    layers: calls of a layer that backward goes through (None: the most of any stage).
+    """
+    C, V, (total, _, tables) = config.n_embd, config.padded_vocab, parameter_counts(config)
+    positions, taught = config.device_rows * config.sequence_len, 0 < config.teach_after < config.cycles
+    layers = len(config.layer_order(replay=config.replay_from < 1)) if layers is None else layers
+    return {
+        "weights": (4 + dtype.itemsize * (1 + taught)) * total,  # masters, compute weights, the teacher's
+        "gradients": 4 * (2 * total + (total - tables) * config.meta_gradient),  # two, and a moved copy
+        "optimizer": 4 * (total + tables) / world_size,  # AdamW keeps two moments, of the tables, Muon one
+        "activations": positions * layer_bytes(config, dtype) * layers,
+        "logits": min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) * (1 + taught) + V * C * 8,  # of a chunk
+    }
+
+
+# Copied from train.py: memory_gib
+def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
+    """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all, which is an estimate)."""
+    held = held_bytes(config, world_size, dtype)
+    static = held["weights"] + held["gradients"] + held["optimizer"]
+    return parameter_counts(config)[0], static / 2**30, sum(held.values()) / 2**30
 
 
 # Copied from train.py: check_memory
@@ -1327,6 +1380,20 @@ def disk_space(folder: Path) -> tuple[float, float]:
     return sum(sizes.values()) / 2**30, shutil.disk_usage(disk).free / 2**30
 
 
+# Adapted from train.py: disk_needed_gib -- snapshots of all chains, of which one trains
+def disk_needed_gib(config: Config, dtype: torch.dtype, running: int = 1, targets: int | None = None) -> float:
+    """GiB that a run needs at most: snapshots with their losses, and three checkpoints of each chain that trains.
+
+    running: chains that are trained at a time. targets: whose losses are kept (None: of the official data).
+    """
+    member, checkpoint = disk_gib(config, dtype)
+    snapshots = config.chains * (min(config.keep, config.cycles) or config.cycles)
+    if targets is None:
+        targets = 2 * config.val_sequences * config.sequence_len + config.fitness_tokens
+    checkpoints = 3 * min(running, config.chains) * (checkpoint + member) * config.checkpoints  # the teacher's too
+    return snapshots * (member + targets * 4 / 2**30) + checkpoints
+
+
 # Adapted from train.py: check_disk -- snapshots of all chains
 def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, targets: int) -> str:
     """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says.
@@ -1338,7 +1405,7 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, t
     checkpoint += member  # of the teacher
     running = min(running, config.chains)
     scores = snapshots * targets * 4 / 2**30
-    needed = snapshots * member + scores + 3 * running * checkpoint
+    needed = disk_needed_gib(config, dtype, running, targets)
     there, free = disk_space(folder)
     needed_gib, there_gib, free_gib, scores_gib, *each = (
         f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:.3g} GiB"
@@ -1346,6 +1413,9 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, t
     )
     parts = f"{snapshots:,} snapshots, {each[0]} each in {str(dtype)[6:]}, {scores_gib} of their losses, and three "
     parts += f"checkpoints of {each[1]} for each of the chains that train at a time, {running}"
+    if not config.checkpoints:
+        parts = f"{snapshots:,} snapshots, {each[0]} each, {scores_gib} of their losses; no checkpoints, so --resume "
+        parts += "would begin chains anew"
     said = f"up to {needed_gib} in {folder} ({parts}); {free_gib} are free"
     had = f", and {there_gib} of it are there" if there else ""
     others = "" if there else ", --keep fewer snapshots of a chain, or choose another --runs-dir"
@@ -1765,6 +1835,30 @@ class Plan:
 def stage(plan: Plan, step: int) -> dict:
     """What switches, as keyword arguments of the model: layer replay."""
     return {"replay": plan.config.replay_from <= plan.position(step) and plan.config.replay_from < 1}
+
+
+# Adapted from train.py: stage_name -- a teacher
+def stage_name(plan: Plan, step: int) -> str:
+    """The stage of a step in a word, as plans and tools name it."""
+    without_replay = 0 < plan.config.replay_from < 1 and not stage(plan, step)["replay"]
+    return ("teacher" if plan.taught(step) else "student") + "_without_replay" * without_replay
+
+
+# Adapted from train.py: short_runs -- cycles; a teacher needs one before
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs for a measurement: "all" has each stage, the others are of one stage, or have it last."""
+    both = {"chains": 1, "cycles": 2, "teach_after": 1, "cycle_epochs": 1, "first_cycle_epochs": 1}
+    student = both | {"cycles": 1, "teach_after": 0}
+    taught = 0 < config.teach_after < config.cycles
+    return {"student": student, "all": both, "teacher": both} if taught else {"student": student, "all": student}
+
+
+# Adapted from train.py: layer_calls -- a teacher, which only predicts, without the block for the token after next
+def layer_calls(plan: Plan, step: int) -> tuple[int, int, float]:
+    """-> (Calls of a layer in a forward pass, those that a backward pass follows, calls of the head)."""
+    calls, taught = len(plan.config.layer_order(**stage(plan, step))), plan.taught(step)
+    of_the_teacher = taught * len(plan.config.layer_order(replay=plan.config.replay_from < 1))
+    return calls + of_the_teacher, calls, 1 + (plan.config.mtp_weight > 0) + 0.5 * taught
 
 
 # Copied from train.py: stage_changes
@@ -2551,6 +2645,60 @@ class ChainRun(Run):
 # ======================================================================================================================
 
 
+# Copied from train.py: StepProfiler
+class StepProfiler:
+    """Records ranges of optimizer steps with torch.profiler, in the main process alone, into the run folder.
+
+    profile_4-5.json.gz is a trace (chrome://tracing, ui.perfetto.dev), profile_4-5.txt a table of operators. No number
+    of the run changes, but recording and writing take time, which is on the clock.
+    """
+
+    def __init__(self, config: Config, run: Run, cuda: bool):
+        self.ranges = profile_ranges(config.profile_steps) if run.main else []
+        self.run, self.cuda, self.profile, self.since = run, cuda, None, 0.0
+
+    def before_step(self, number: int) -> None:
+        """number: of the step that comes, counted from 1."""
+        if not self.ranges or number != self.ranges[0][0]:
+            return
+        if self.cuda:
+            torch.cuda.synchronize()
+        kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * self.cuda
+        self.profile, self.since = torch.profiler.profile(activities=kinds, acc_events=True), number
+        self.profile.start()
+
+    def after_step(self, number: int, last: bool = False) -> None:
+        """number: of the step that was made; last: none follows."""
+        if self.profile is not None and (last or number == self.ranges[0][1]):
+            self.write(f"profile_{self.since}-{number}")
+        elif last and self.ranges:
+            self.run.log(f"profile of steps {self.ranges[0][0]}-{self.ranges[0][1]}: the run did not go through them")
+
+    def write(self, name: str) -> None:
+        started, folder, said = time.monotonic(), self.run.folder, "written"
+        if self.cuda:
+            torch.cuda.synchronize()
+        profile, self.profile = self.profile, None
+        self.ranges.pop(0)
+        profile.stop()
+        try:
+            profile.export_chrome_trace(str(folder / "unfinished.json.gz"))
+            os.replace(folder / "unfinished.json.gz", folder / f"{name}.json.gz")
+            by = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
+            (folder / f"{name}.txt").write_text(profile.key_averages().table(sort_by=by, row_limit=60))
+        except OSError as error:  # a full disk: no reason to end a run
+            said = f"NOT written ({error})"
+        self.run.log(f"{name}: trace and table {said}, which took {time.monotonic() - started:.1f} s")
+
+
+# Copied from train.py: peak_memory_gib
+def peak_memory_gib(world: World) -> float:
+    """Most memory that this process had: of the GPU what tensors took, without one that of the process."""
+    if world.cuda:
+        return torch.cuda.max_memory_allocated(world.device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
 # Copied from train.py: NonFiniteLoss
 class NonFiniteLoss(RuntimeError):
     """A loss is NaN or infinite."""
@@ -2608,6 +2756,7 @@ class Trainer:
         self.recent_s: deque[float] = deque(maxlen=5)  # durations of the last steps
         self.unprinted_s: list[float] = []  # durations of the steps since the last printed line
         self.last_checkpoint, self.checkpoint_due, self.checkpoint_failure = time.monotonic(), False, ""
+        self.profiler = StepProfiler(config, run, world.cuda)
 
     # ------------------------------------------------------------------------------------------------ an optimizer step
 
@@ -2645,7 +2794,8 @@ class Trainer:
             halves = [pieces[:middle], pieces[middle:]] if self.config.meta_gradient else [pieces]
             run = partial(self.run_pieces, step, v, share=1 / (VIRTUAL_RANKS * len(pieces)), totals=totals)
             add_gradient(self.weights, self.optimizer, [partial(run, half) for half in halves], eta)
-        update_weights(self.optimizer, self.plan, step)
+        with torch.profiler.record_function("optimizer"):
+            update_weights(self.optimizer, self.plan, step)
         if not self.world.cuda:
             return totals.tolist
         host, event = torch.empty_like(totals, device="cpu", pin_memory=True), torch.cuda.Event()
@@ -2663,8 +2813,8 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Check the kernels; run every graph that the run will need, on random tokens; leave no trace of it."""
-        c, device = self.config, self.world.device
-        check_kernels(c, device, **self.kernels)
+        c, device, started = self.config, self.world.device, time.monotonic()
+        errors = check_kernels(c, device, **self.kernels)
         stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
         with torch.random.fork_rng([device] if self.world.cuda else []):
             for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
@@ -2682,6 +2832,8 @@ class Trainer:
                 self.world.sum([0])
         self.optimizer.step(0.0, 0.0, 0.95)  # connects the processes
         self.optimizer.steps = 0
+        kernels = ", ".join(f"{name} {self.kernels[name]} (error {error:.2g})" for name, error in errors.items())
+        self.run.log(f"warm-up   {time.monotonic() - started:.1f} s, compilation included; {kernels}")
 
     # --------------------------------------------------------------------------------------------------- training loop
 
@@ -2695,9 +2847,11 @@ class Trainer:
             self.validate("initial")
         self.clock.start()
         while self.step < self.plan.num_steps and not self.stopped_by:
+            self.profiler.before_step(self.step + 1)
             self.pending.append((self.step, self.train_step(self.step)))
             self.step += 1
             self.settle(keep)
+            self.profiler.after_step(self.step)
             if self.step == projection_at:
                 self.print_projection()
             epoch_ends = self.plan.epochs_done(self.step) > self.plan.epochs_done(self.step - 1)
@@ -2710,6 +2864,7 @@ class Trainer:
                 if self.stopped_by == "signal":
                     self.draw_curve()
                 self.clock.start()
+        self.profiler.after_step(self.step, last=True)
         self.stopped_by = self.stopped_by or "steps"
 
     def take_signal(self, number: int, frame) -> None:
@@ -2763,6 +2918,7 @@ class Trainer:
         }
         values |= {"train_loss": lm_loss, "train_loss_with_mtp": loss}
         values |= schedule(self.plan, step) | stage(self.plan, step)
+        values["peak_memory_gib"] = round(peak_memory_gib(self.world), 3)
         self.run.record(values, to_wandb=done % c.log_every == 0)
         if step in self.stages and step > 0:
             self.run.log(f"from step {done} on: {self.stages[step]}")
@@ -2832,15 +2988,20 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self) -> None:
-        """Write all that the run needs to go on from here. A failure is said, and does not end the run."""
-        started, tensors = time.monotonic(), training_state(self)
+        """Write all that the run needs to go on from here. A failure is said, and does not end the run.
+
+        Without --checkpoints only the readout's weights are written.
+        """
+        started, wanted = time.monotonic(), self.config.checkpoints
+        tensors = training_state(self) if wanted else {}
         if self.world.main:
             info = {"step": self.step, "train_time_s": self.clock.train_time_s, "wall_time_s": self.wall_time_s()}
             info |= {"readouts": self.readouts, "members": self.members, "recent_s": [*self.recent_s]}
             info["stopped_by"] = self.stopped_by if self.stopped_by == "time_cap" else ""
-            failure = self.save_members() or self.run.save_checkpoint(tensors, info)
+            failure = self.save_members() or (self.run.save_checkpoint(tensors, info) if wanted else "")
             said = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
-            self.run.log(f"checkpoint at step {self.step} {said}, in {time.monotonic() - started:.1f} s")
+            if wanted or failure:
+                self.run.log(f"checkpoint at step {self.step} {said}, in {time.monotonic() - started:.1f} s")
         self.checkpoint_failure = self.world.share(lambda: failure)
         self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
 
@@ -2901,7 +3062,13 @@ class Trainer:
     def say_how_to_resume(self) -> int:
         """-> the exit code: 0 if the checkpoint is saved."""
         how = resume_command(self.world.size, self.run.folder)
-        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; resume with: {how}")
+        stopped = f"stopped by {self.signal or 'a signal'} after step {self.step}"
+        if not self.config.checkpoints:
+            kept = self.run.checkpoints()
+            begins = f"goes on from step {int(kept[-1].stem[5:])}" if kept else "begins anew"
+            self.run.log(f"{stopped}, which --no-checkpoints did not save: {how} {begins}")
+            return 1
+        self.run.log(f"{stopped}; resume with: {how}")
         return 1 if self.checkpoint_failure else 0
 
 
@@ -3238,7 +3405,11 @@ class Ensemble:
         size, here = self.world.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
         on_several = f"torchrun, as before, {sys.argv[0]} --resume {self.run.folder}"
         how = resume_command(size, self.run.folder) if size == here else on_several
-        self.run.log(f"stopped by {self.signal or self.stopped_by}; resume with: {how}")
+        stopped = f"stopped by {self.signal or self.stopped_by}"
+        if not self.config.checkpoints:
+            self.run.log(f"{stopped}; with --no-checkpoints, {how} begins the unfinished chains anew")
+            return 1
+        self.run.log(f"{stopped}; resume with: {how}")
         return 1 if self.failed else 0
 
 
@@ -3407,9 +3578,6 @@ def make_result(ensemble: Ensemble, found: dict) -> dict:
     world_size, groups = (max(f(led["layout"]) for led in ledgers) for f in (lambda x: x[0] * x[2], lambda x: x[0]))
     finished, folder = all(ledger["state"] == "finished" for ledger in ledgers), ensemble.run.folder
     hashes = {split: shard.sha256 for split, shard in ensemble.shards.items() if split != "fitness"}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if world.cuda:
-        memory = torch.cuda.max_memory_allocated(world.device)
     peak, known = peak_flops(world.device), {member["file"]: member["sha256"] for _, member in found["chosen"]}
     return {
         "track": TRACK, "status": "finished" if finished else "partial", "stopped_by": ensemble.stopped_by,
@@ -3428,7 +3596,7 @@ def make_result(ensemble: Ensemble, found: dict) -> dict:
         "as_declared": ensemble.as_declared,
         **ensemble.kernels, "dtype": str(ensemble.dtype).removeprefix("torch."), "compiled": ensemble.compiled,
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "peak_memory_gib": memory / 2**30, "tokens_per_s": tokens / max(seconds, 1e-9),
+        "peak_memory_gib": peak_memory_gib(world), "tokens_per_s": tokens / max(seconds, 1e-9),
         "mfu": flops / process_s / peak if peak and process_s else None,
         "parameters": ensemble.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
         "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
@@ -3607,6 +3775,127 @@ def extend(saved: dict) -> None:
     if chains != saved["config"]["chains"]:
         (folder / "result.json").rename(folder / f"result_of_{chains}_chains.json")
         write_json(folder / "config.json", {k: v for k, v in saved.items() if k not in ("folder", "finished")})
+
+
+# Adapted from train.py: training_sequences -- without the fitness set
+def training_sequences(config: Config) -> int:
+    """Sequences of T + 1 tokens in the training data."""
+    return len(split_fitness(load_shard("train", config), config)[1].sequences(config.sequence_len + 1))
+
+
+# Adapted from train.py: official_sequences -- without the fitness set
+def official_sequences(config: Config) -> int:
+    """As training_sequences, of the official 100,000,000 tokens."""
+    return (100_000_000 - config.fitness_tokens) // (config.sequence_len + 1)
+
+
+# Adapted from train.py: plan_repeats -- a plan is that of a chain
+def plan_repeats(config: Config) -> int:
+    """How often a run goes through its plan."""
+    return config.chains
+
+
+# Copied from train.py: moved_bytes
+def moved_bytes(config: Config, world_size: int, dtype: torch.dtype, tokens: int, calls: tuple) -> dict[str, float]:
+    """Bytes that a process reads and writes at least in an optimizer step of so many tokens, by what they are.
+
+    calls: see layer_calls. Each pass reads the weights of every call, once forward and once backward, adds to float32
+    gradients, and writes and reads what backward needs, the logits and their gradient. A step makes the compute weights
+    of the masters and takes their gradients back, once, and with the meta-gradient once more for each virtual rank.
+    """
+    forward, backward, heads = calls
+    total, block, tables = parameter_counts(config)
+    once = total - block * config.n_layer - config.padded_vocab * config.n_embd  # all but the trunk and wte
+    positions = config.device_rows * config.sequence_len
+    passes = tokens / (world_size * positions)
+    points = 1 + VIRTUAL_RANKS / world_size * config.meta_gradient
+    return {
+        "weights": passes * dtype.itemsize * (block * (forward + backward) + 2 * once)
+        + points * (4 + dtype.itemsize) * total,
+        "gradients": passes * 8 * (block * config.n_layer + once) + points * 12 * total,
+        "optimizer": (12 * total + 8 * (total + tables)) / world_size,
+        "activations": 2 * passes * positions * layer_bytes(config, dtype) * backward,
+        "logits": 4 * passes * positions * config.padded_vocab * dtype.itemsize * heads,
+    }
+
+
+# Copied from train.py: plan_stages
+def plan_stages(plan: Plan, world_size: int, dtype: torch.dtype) -> list[dict]:
+    """The stages of a plan in order: consecutive steps of the same name, tokens and operations."""
+    stages: list[dict] = []
+    for step in range(plan.num_steps):
+        tokens = plan.tokens_done(step + 1) - plan.tokens_done(step)
+        same = {"stage": stage_name(plan, step), "tokens_per_step": tokens}
+        same["flops_per_token"] = step_flops_per_token(plan, step)
+        if stages and same.items() <= stages[-1].items():
+            stages[-1]["steps"] += 1
+            continue
+        calls = layer_calls(plan, step)
+        moved = moved_bytes(plan.config, world_size, dtype, tokens, calls)
+        held = held_bytes(plan.config, world_size, dtype, calls[1])
+        counted = {"flops_per_step": same["flops_per_token"] * tokens, "moved_bytes": moved, "held_bytes": held}
+        stages.append(same | {"from_step": step + 1, "steps": 1} | counted)
+    return stages
+
+
+# Copied from train.py: make_plan
+def make_plan(config: Config) -> dict:
+    """What --plan writes. Bytes are those of a process; how many there are, torchrun says (else there is one)."""
+    path = Path(config.data_dir) / "fineweb_train.pt"
+    data = f"{path}" if path.exists() else f"100,000,000 tokens, as {path} is not there"
+    plan = Plan(config, training_sequences(config) if path.exists() else official_sequences(config))
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    dtype = compute_dtype(config, device)
+    if config.dtype == "auto" and config.device != "cpu":
+        dtype = torch.bfloat16  # that of the GPUs which a run is planned for
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    check_world_size(world_size)
+    member, checkpoint = disk_gib(config, dtype)
+    total, *_ = parameter_counts(config)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    # summed gradients are float32, gathered values too; of 8 processes each sends and receives 7 parts of 8
+    communication = 2 * 4 * total * (VIRTUAL_RANKS - 1) / VIRTUAL_RANKS
+    return {
+        "track": TRACK, "data": data, "assumed_data": not path.exists(), "sequences": plan.num_sequences,
+        "parameters": total, "num_steps": plan.num_steps, "tokens": plan.tokens_done(plan.num_steps),
+        "repeats": plan_repeats(config), "time_cap_min": config.time_cap_min, "dtype": str(dtype)[6:],
+        "virtual_ranks": VIRTUAL_RANKS, "world_size": world_size,
+        "stages": plan_stages(plan, world_size, dtype),
+        "memory_gib": {str(size): memory_gib(config, size, dtype)[2] for size in (1, 2, 4, 8)},
+        "disk_gib": {"member": member, "checkpoint": checkpoint, "most": disk_needed_gib(config, dtype)},
+        "communication_bytes_of_8": communication,
+        "device": {"name": device_name(device), "memory_gib": memory / 2**30, "peak_flops": peak_flops(device)},
+        "short_runs": {name: as_flags(settings) for name, settings in short_runs(config).items()},
+    }  # fmt: skip
+
+
+# Copied from train.py: as_flags
+def as_flags(settings: dict) -> list[str]:
+    """{"num_epochs": 2, "decay_schedule": False} -> ["--num-epochs=2", "--no-decay-schedule"]"""
+    flags = {name.replace("_", "-"): value for name, value in settings.items()}
+    return [
+        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in flags.items()
+    ]
+
+
+# Copied from train.py: write_plan
+def write_plan(config: Config, path: Path) -> str:
+    """Write make_plan's JSON -> a summary of it. ValueError if the file cannot be written."""
+    plan = make_plan(config)
+    failure = try_to_write_json(path, plan)
+    require(not failure, f"the plan is not written ({failure}): choose another --plan FILE")
+    lines = [f"NanoGPT Slowrun, {TRACK} track: {plan['num_steps']:,} steps, {plan['tokens']:,} tokens ({plan['data']})"]
+    for each in plan["stages"]:
+        steps = f"from step {each['from_step']:,}: {each['steps']:,} steps of {each['tokens_per_step']:,} tokens"
+        lines.append(f"{each['stage']:24} {steps}, {each['flops_per_step'] / 1e15:,.3g} PFLOP each")
+    gib = ", ".join(f"{gib:.3g} on {size}" for size, gib in plan["memory_gib"].items())
+    lines.append(
+        f"GiB of memory per process, estimated in {plan['dtype']}: {gib}; of disk: {plan['disk_gib']['most']:.3g}"
+    )
+    return "\n".join([*lines, f"written to {path}"])
 
 
 # Adapted from train.py: set_up -- an ensemble, and groups of processes
