@@ -901,6 +901,11 @@ def stage_name(plan: Plan, step: int) -> str:
     return "replay" if stage(plan, step)["replay"] else "plain"
 
 
+MEASURED = {  # other settings of the runs that short_runs names
+    "time_cap_min": 0.0, "val_sequences": 8, "eval_initial": False, "checkpoints": False, "wandb": "off",
+}  # fmt: skip
+
+
 def short_runs(config: Config) -> dict[str, dict]:
     """Settings of runs for a measurement: "all" has each stage in an epoch of its own, the others are of one stage."""
     runs = {"plain": {"num_epochs": 1, "replay_from_epoch": 0}}
@@ -908,12 +913,12 @@ def short_runs(config: Config) -> dict[str, dict]:
         runs["replay"] = {"num_epochs": 1, "replay_from_epoch": 1}
         runs["all"] = {"num_epochs": 2, "replay_from_epoch": 2}
     runs.setdefault("all", runs["plain"])
-    return {name: settings | {"swa_epochs": 0, "readout": "last"} for name, settings in runs.items()}
+    return {name: settings | {"swa_epochs": 0, "readout": "last"} | MEASURED for name, settings in runs.items()}
 
 
 def layer_calls(plan: Plan, step: int) -> tuple[int, int, float]:
     """-> (Calls of a layer in a forward pass, those that a backward pass follows, calls of the head)."""
-    calls = len(plan.config.layer_order(**stage(plan, step)))
+    calls = len(plan.config.layer_order(stage(plan, step)["replay"]))
     return calls, calls, 1 + (plan.config.mtp_weight > 0)
 
 
@@ -2253,6 +2258,7 @@ def make_plan(config: Config) -> dict:
         "track": TRACK, "data": data, "assumed_data": not path.exists(), "sequences": plan.num_sequences,
         "parameters": total, "num_steps": plan.num_steps, "tokens": plan.tokens_done(plan.num_steps),
         "repeats": plan_repeats(config), "time_cap_min": config.time_cap_min, "dtype": str(dtype)[6:],
+        "vocab_size": config.vocab_size, "sequence_len": config.sequence_len,
         "virtual_ranks": VIRTUAL_RANKS, "world_size": world_size,
         "stages": plan_stages(plan, world_size, dtype),
         "memory_gib": {str(size): memory_gib(config, size, dtype)[2] for size in (1, 2, 4, 8)},

@@ -1692,13 +1692,19 @@ def stage_name(plan: Plan, step: int) -> str:
     return {1: "one_pass", 2: "two_passes"}.get(passes, f"{passes}_passes")
 
 
+# Copied from train.py: MEASURED
+MEASURED = {  # other settings of the runs that short_runs names
+    "time_cap_min": 0.0, "val_sequences": 8, "eval_initial": False, "checkpoints": False, "wandb": "off",
+}  # fmt: skip
+
+
 # Adapted from train.py: short_runs -- passes
 def short_runs(config: Config) -> dict[str, dict]:
     """Settings of runs for a measurement: "all" has each stage in an epoch of its own, the others are of one stage."""
     late = {1: "one_pass", 2: "two_passes"}.get(config.passes, f"{config.passes}_passes")
     runs = {"one_pass": {"num_epochs": 1, "passes_from": 1.0}, late: {"num_epochs": 1, "passes_from": 0.0}}
     runs["all"] = {"num_epochs": 2, "passes_from": 0.5} if config.passes > 1 else runs["one_pass"]
-    others = {"swa_epochs": 0, "readout": "last", "decay_schedule": False}
+    others = {"swa_epochs": 0, "readout": "last", "decay_schedule": False} | MEASURED
     return {name: settings | others for name, settings in runs.items()}
 
 
@@ -3113,6 +3119,7 @@ def make_plan(config: Config) -> dict:
         "track": TRACK, "data": data, "assumed_data": not path.exists(), "sequences": plan.num_sequences,
         "parameters": total, "num_steps": plan.num_steps, "tokens": plan.tokens_done(plan.num_steps),
         "repeats": plan_repeats(config), "time_cap_min": config.time_cap_min, "dtype": str(dtype)[6:],
+        "vocab_size": config.vocab_size, "sequence_len": config.sequence_len,
         "virtual_ranks": VIRTUAL_RANKS, "world_size": world_size,
         "stages": plan_stages(plan, world_size, dtype),
         "memory_gib": {str(size): memory_gib(config, size, dtype)[2] for size in (1, 2, 4, 8)},

@@ -1737,6 +1737,12 @@ def stage_name(plan: Plan, step: int) -> str:
     return "windows_{}_{}".format(*switched["windows"]) + "_replay" * switched["replay"]
 
 
+# Copied from train.py: MEASURED
+MEASURED = {  # other settings of the runs that short_runs names
+    "time_cap_min": 0.0, "val_sequences": 8, "eval_initial": False, "checkpoints": False, "wandb": "off",
+}  # fmt: skip
+
+
 # Adapted from train.py: short_runs -- windows too
 def short_runs(config: Config) -> dict[str, dict]:
     """Settings of runs for a measurement: "all" has each stage in an epoch of its own, the others are of one stage."""
@@ -1752,13 +1758,13 @@ def short_runs(config: Config) -> dict[str, dict]:
     windows = ";".join(f"{i}-{i}:{short},{long}" for i, (short, long, _) in enumerate(stages.values(), start=1))
     first = next((i for i, (*_, replay) in enumerate(stages.values(), start=1) if replay), 0)
     runs["all"] = {"num_epochs": len(stages), "window_schedule": windows, "replay_from_epoch": first}
-    return {name: settings | {"swa_epochs": 0, "readout": "last"} for name, settings in runs.items()}
+    return {name: settings | {"swa_epochs": 0, "readout": "last"} | MEASURED for name, settings in runs.items()}
 
 
 # Copied from train.py: layer_calls
 def layer_calls(plan: Plan, step: int) -> tuple[int, int, float]:
     """-> (Calls of a layer in a forward pass, those that a backward pass follows, calls of the head)."""
-    calls = len(plan.config.layer_order(**stage(plan, step)))
+    calls = len(plan.config.layer_order(stage(plan, step)["replay"]))
     return calls, calls, 1 + (plan.config.mtp_weight > 0)
 
 
@@ -3168,6 +3174,7 @@ def make_plan(config: Config) -> dict:
         "track": TRACK, "data": data, "assumed_data": not path.exists(), "sequences": plan.num_sequences,
         "parameters": total, "num_steps": plan.num_steps, "tokens": plan.tokens_done(plan.num_steps),
         "repeats": plan_repeats(config), "time_cap_min": config.time_cap_min, "dtype": str(dtype)[6:],
+        "vocab_size": config.vocab_size, "sequence_len": config.sequence_len,
         "virtual_ranks": VIRTUAL_RANKS, "world_size": world_size,
         "stages": plan_stages(plan, world_size, dtype),
         "memory_gib": {str(size): memory_gib(config, size, dtype)[2] for size in (1, 2, 4, 8)},

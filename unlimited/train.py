@@ -1844,10 +1844,16 @@ def stage_name(plan: Plan, step: int) -> str:
     return ("teacher" if plan.taught(step) else "student") + "_without_replay" * without_replay
 
 
+# Adapted from train.py: MEASURED -- no cap, a fitness set
+MEASURED = {  # other settings of the runs that short_runs names
+    "fitness_tokens": 20000, "val_sequences": 8, "eval_initial": False, "checkpoints": False, "wandb": "off",
+}  # fmt: skip
+
+
 # Adapted from train.py: short_runs -- cycles; a teacher needs one before
 def short_runs(config: Config) -> dict[str, dict]:
     """Settings of runs for a measurement: "all" has each stage, the others are of one stage, or have it last."""
-    both = {"chains": 1, "cycles": 2, "teach_after": 1, "cycle_epochs": 1, "first_cycle_epochs": 1}
+    both = {"chains": 1, "cycles": 2, "teach_after": 1, "cycle_epochs": 1, "first_cycle_epochs": 1} | MEASURED
     student = both | {"cycles": 1, "teach_after": 0}
     taught = 0 < config.teach_after < config.cycles
     return {"student": student, "all": both, "teacher": both} if taught else {"student": student, "all": student}
@@ -1856,7 +1862,7 @@ def short_runs(config: Config) -> dict[str, dict]:
 # Adapted from train.py: layer_calls -- a teacher, which only predicts, without the block for the token after next
 def layer_calls(plan: Plan, step: int) -> tuple[int, int, float]:
     """-> (Calls of a layer in a forward pass, those that a backward pass follows, calls of the head)."""
-    calls, taught = len(plan.config.layer_order(**stage(plan, step))), plan.taught(step)
+    calls, taught = len(plan.config.layer_order(stage(plan, step)["replay"])), plan.taught(step)
     of_the_teacher = taught * len(plan.config.layer_order(replay=plan.config.replay_from < 1))
     return calls + of_the_teacher, calls, 1 + (plan.config.mtp_weight > 0) + 0.5 * taught
 
@@ -3861,6 +3867,7 @@ def make_plan(config: Config) -> dict:
         "track": TRACK, "data": data, "assumed_data": not path.exists(), "sequences": plan.num_sequences,
         "parameters": total, "num_steps": plan.num_steps, "tokens": plan.tokens_done(plan.num_steps),
         "repeats": plan_repeats(config), "time_cap_min": config.time_cap_min, "dtype": str(dtype)[6:],
+        "vocab_size": config.vocab_size, "sequence_len": config.sequence_len,
         "virtual_ranks": VIRTUAL_RANKS, "world_size": world_size,
         "stages": plan_stages(plan, world_size, dtype),
         "memory_gib": {str(size): memory_gib(config, size, dtype)[2] for size in (1, 2, 4, 8)},
