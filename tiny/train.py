@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import gzip
 import hashlib
 import inspect
 import json
@@ -31,7 +32,7 @@ import statistics
 import sys
 import time
 import typing
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -2359,12 +2360,40 @@ class Run:
 # ======================================================================================================================
 
 
+# Copied from train.py: profile_table
+def profile_table(trace: Path) -> str:
+    """Total time and number of the GPU's kernels in a trace, or of operators without what they call; longest first.
+
+    torch's own table takes a minute for the trace of a step.
+    """
+    with gzip.open(trace, "rt") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    found = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    on_gpu, times, counts = bool(found), defaultdict(float), defaultdict(int)
+    found = found or [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
+    stack: list[tuple[int, float, str]] = []  # thread, end and name of the operators that are under way
+    for event in sorted(found, key=lambda event: (event["tid"], event["ts"], -event["dur"])):
+        tid, start, name = event["tid"], event["ts"], event["name"]
+        while stack and (stack[-1][0] != tid or stack[-1][1] <= start):
+            stack.pop()
+        if stack and not on_gpu:
+            times[stack[-1][2]] -= event["dur"]
+        times[name] += event["dur"]
+        counts[name] += 1
+        stack.append((tid, start + event["dur"], name))
+    total = sum(times.values())
+    lines = [f"{'ms':>10} {'part':>6} {'number':>8}  {'kernel' if on_gpu else 'operator, without what it calls'}"]
+    for name in sorted(times, key=times.get, reverse=True):
+        lines.append(f"{times[name] / 1e3:10.3f} {times[name] / total:6.1%} {counts[name]:8}  {name[:160]}")
+    return "\n".join(lines) + "\n"
+
+
 # Copied from train.py: StepProfiler
 class StepProfiler:
     """Records ranges of optimizer steps with torch.profiler, in the main process alone, into the run folder.
 
-    profile_4-5.json.gz is a trace (chrome://tracing, ui.perfetto.dev), profile_4-5.txt a table of operators. No number
-    of the run changes, but recording and writing take time, which is on the clock.
+    profile_4-5.json.gz is a trace (ui.perfetto.dev shows it), profile_4-5.txt a table: see profile_table. No number of
+    the run changes, but recording and writing take time, which is on the clock.
     """
 
     def __init__(self, config: Config, run: Run, cuda: bool):
@@ -2378,7 +2407,7 @@ class StepProfiler:
         if self.cuda:
             torch.cuda.synchronize()
         kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * self.cuda
-        self.profile, self.since = torch.profiler.profile(activities=kinds, acc_events=True), number
+        self.profile, self.since = torch.profiler.profile(activities=kinds), number
         self.profile.start()
 
     def after_step(self, number: int, last: bool = False) -> None:
@@ -2398,8 +2427,7 @@ class StepProfiler:
         try:
             profile.export_chrome_trace(str(folder / "unfinished.json.gz"))
             os.replace(folder / "unfinished.json.gz", folder / f"{name}.json.gz")
-            by = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
-            (folder / f"{name}.txt").write_text(profile.key_averages().table(sort_by=by, row_limit=60))
+            (folder / f"{name}.txt").write_text(profile_table(folder / f"{name}.json.gz"))
         except OSError as error:  # a full disk: no reason to end a run
             said = f"NOT written ({error})"
         self.run.log(f"{name}: trace and table {said}, which took {time.monotonic() - started:.1f} s")

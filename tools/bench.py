@@ -265,7 +265,7 @@ def measure(place: Workplace, track: str, official: dict, stages: list[str], opt
     """Measure stages of a track -> as Report.of, without what was not wanted."""
     short = short_run(place, track, official, stages, options)
     lines, output, runs = run_short(place, short, options, until)
-    warm_up = re.search(r"^warm-up +([\d.]+) s[^;]*; (.+)$", output, re.MULTILINE)
+    warm_up = re.search(r"\bwarm-up +([\d.]+) s[^;]*; (.+)$", output, re.MULTILINE)
     found = {"stages": {}, "left_out": {}, "failed": ""}
     found |= {"warm_up_s": float(warm_up[1]) if warm_up else None, "kernels": warm_up[2] if warm_up else ""}
     for stage in stages:
