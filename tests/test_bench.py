@@ -432,6 +432,7 @@ def test_interrupted(tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "limited/plain  " in rest and "limited/replay  " in rest, rest
+    assert "tiny/one_pass  " in rest and "tiny/two_passes: left out, no time was left for it" in rest
     content = json.loads((tmp_path / "f.json").read_text())
     assert content["interrupted"] and list(content["tracks"]["limited"]["stages"]) == STAGES["limited"]
     assert list(temporary.iterdir()) == [] and processes_with(str(temporary)) == []

@@ -26,14 +26,17 @@ refused; 130 interrupted (what there is is printed).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import re
+import shutil
 import signal
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,8 +61,8 @@ FIRST = (
 )  # what matters
 H100 = {"tflops": 989.0, "tbs": 3.35}  # dense bfloat16, and memory
 LINK_BYTES_PER_S = 300e9  # assumed of NVLink between the GPUs of a machine, where only one GPU was measured
-# Guesses for what fits into the time: seconds until a script trains, and for each further stage; share of the peak
-START_S, STAGE_S, EXPECTED_MFU = 100.0, 40.0, 0.4
+# Guesses for what fits into the time: seconds until a script trains, for each further stage, to write a trace; the MFU
+START_S, STAGE_S, PROFILE_S, EXPECTED_MFU = 100.0, 40.0, 20.0, 0.4
 ON_CPU = {"start_s": 12.0, "stage_s": 0.0, "flops": 2e10}
 ENOUGH_S = 20.0  # with less time left nothing is started
 
@@ -148,7 +151,8 @@ def seconds_for(plan: dict, stages: list[str], options: Options) -> float:
     rate = EXPECTED_MFU * peak * options.processes if peak else ON_CPU["flops"]
     start_s, stage_s = (START_S, STAGE_S) if options.gpus else (ON_CPU["start_s"], ON_CPU["stage_s"])
     steps = options.steps + options.profile
-    return start_s + stage_s * (len(stages) - 1) + sum(steps * flops_of(plan, stage) / rate for stage in stages)
+    start_s += stage_s * (len(stages) - 1) + PROFILE_S * options.profile * len(stages)
+    return start_s + sum(steps * flops_of(plan, stage) / rate for stage in stages)
 
 
 def choose_stages(plans: dict[str, dict], options: Options) -> dict[str, list[str]]:
@@ -191,7 +195,8 @@ def short_run(place: Workplace, track: str, official: dict, stages: list[str], o
     script, T = ROOT / SCRIPTS[track], official["sequence_len"]
     name = "all" if len(stages) > 1 else stages[0]
     steps = options.steps + options.profile
-    tokens = (steps + 1) * max(stage["tokens_per_step"] for stage in official["stages"])
+    sizes = [next(each["tokens_per_step"] for each in official["stages"] if each["stage"] == stage) for stage in stages]
+    tokens = (steps + (len(stages) == 1)) * max(sizes)  # a run of one stage is stopped before it ends its epoch
     data = place.data(official["vocab_size"], T, tokens * (T + 1) // T + 40_000)
     flags = [*options.flags, *official["short_runs"][name], f"--data-dir={data}"]
     plan = read_plan(place, script, flags, options.processes)
@@ -220,17 +225,15 @@ def read_steps(runs: Path) -> dict[int, dict]:
     return lines
 
 
-def run_short(place: Workplace, short: Short, options: Options, until: float) -> tuple[dict[int, dict], str, Path]:
-    """Run a script until it has made the wanted steps, or until a time -> (lines of steps, output, folder of runs)."""
-    runs = place.folder / f"runs-{time.monotonic_ns()}"
+def run_short(place: Workplace, short: Short, runs: Path, options: Options, until: float) -> None:
+    """Run a script until it has made the wanted steps, or until a time; runs: where it makes its run folder."""
     command = launch_command(short.script, [*short.flags, f"--runs-dir={runs}", "--run-name=bench"], options.processes)
 
     def done(output: str) -> bool:
         profiles = len(list(runs.rglob("profile_*.json.gz")))
         return short.last_step in read_steps(runs) and profiles >= len(short.profiled)
 
-    output = place.run(command, done, until, **quiet_threads())
-    return read_steps(runs), output, runs
+    place.run(command, done, until, **quiet_threads())
 
 
 def summary(ms: list[float]) -> dict:
@@ -261,23 +264,26 @@ def floors(stage: dict, processes: int, peaks: dict[str, float]) -> dict[str, fl
     return {"operations": operations / peaks["tflops"] / 1e9, "bytes": moved / peaks["tbs"] / 1e9}
 
 
-def measure(place: Workplace, track: str, official: dict, stages: list[str], options: Options, until: float) -> dict:
-    """Measure stages of a track -> as Report.of, without what was not wanted."""
-    short = short_run(place, track, official, stages, options)
-    lines, output, runs = run_short(place, short, options, until)
-    warm_up = re.search(r"\bwarm-up +([\d.]+) s[^;]*; (.+)$", output, re.MULTILINE)
-    found = {"stages": {}, "left_out": {}, "failed": ""}
-    found |= {"warm_up_s": float(warm_up[1]) if warm_up else None, "kernels": warm_up[2] if warm_up else ""}
-    for stage in stages:
-        result = stage_result(short, stage, lines, options)
-        if result is None:
-            found["left_out"][stage] = "no time was left for it"
-            continue
-        found["stages"][stage] = result
+def measure(
+    place: Workplace, track: str, official: dict, stages: list[str], found: dict, options: Options, until
+) -> None:
+    """Measure stages of a track until a time, into what Report.of gives, also if it is interrupted."""
+    short, runs = short_run(place, track, official, stages, options), place.folder / f"runs-{track}"
+    try:
+        run_short(place, short, runs, options, until)
+    finally:
+        warm_up = re.search(r"\bwarm-up +([\d.]+) s[^;]*; (.+)$", place.printed(), re.MULTILINE)
+        found |= {"warm_up_s": float(warm_up[1]), "kernels": warm_up[2]} if warm_up else {}
+        lines = read_steps(runs)
+        results = {stage: stage_result(short, stage, lines, options) for stage in stages}
+        found["stages"] = {stage: result for stage, result in results.items() if result}
+        found["left_out"] |= {stage: "no time was left for it" for stage, result in results.items() if not result}
+        found["projection"] = project(official, found["stages"], options.processes)
+    for stage, result in found["stages"].items():
         traces = list(runs.rglob(f"profile_{short.profiled.get(stage)}-*.json.gz"))
         if traces:
             result["breakdown_ms"] = breakdown(traces[0])
-    return found
+    shutil.rmtree(runs, ignore_errors=True)  # makes space for the next
 
 
 # ======================================================================================================================
@@ -362,6 +368,8 @@ def print_report(report: Report, options: Options) -> None:
             if "breakdown_ms" in each:
                 parts.append([f"{track}/{stage}", *(f"{each['breakdown_ms'][kind]:,.1f}" for kind in KINDS)])
     print(f"\n{report.machine['name']}, {report.machine['processes']} process(es), torch {report.machine['torch']}")
+    if options.demo:
+        print("toy size: figures, and the projections on 100M tokens, are of the toy models")
     if rows:
         each = "tok/s/GPU" if options.gpus else "tok/s/process"
         header = ["stage", "steps", "ms/step", "+-", "tok/s", each, "MFU", "peak GiB", "H100 ops ms", "H100 bytes ms"]
@@ -420,27 +428,31 @@ def help_of(place: Workplace, script: Path) -> str:
     return place.run(launch_command(script, ["--help"], 1), None, time.monotonic() + 120, **quiet_threads())
 
 
-def run_other(
-    place: Workplace, script: Path, text: str, stage: str, short: Short, options: Options, until
+def known_flags(text: str) -> set[str]:
+    """The flags that a --help names."""
+    return set(re.findall(r"--[a-zA-Z][\w-]*", text))
+
+
+def step_times(place: Workplace, short: Short, stage: str, options: Options, until: float) -> list[float]:
+    """Milliseconds of the steps of a stage in a short run."""
+    runs = place.folder / f"runs-{time.monotonic_ns()}"
+    run_short(place, short, runs, options, until)
+    lines = read_steps(runs)
+    shutil.rmtree(runs, ignore_errors=True)
+    return [1e3 * lines[n]["dt_s"] for n in short.steps[stage] if n in lines]
+
+
+def original_step_times(
+    place: Workplace, script: Path, flags: list[str], steps: int, options: Options, until
 ) -> list[float]:
-    """Milliseconds of the steps of another checkout's script; text: its --help."""
-    known = set(re.findall(r"--[a-zA-Z][\w-]*", text))
-    if not original.is_original(text):
-        kept = [flag for flag in short.flags if flag.split("=")[0] in known]
-        lines, *_ = run_short(place, Short(script, kept, short.plan, short.steps, {}), options, until)
-        return [1e3 * lines[n]["dt_s"] for n in short.steps[stage.split("/")[1]] if n in lines]
-    data = Path(next(flag for flag in short.flags if flag.startswith("--data-dir=")).split("=")[1])
-    command = launch_command(script, original.original_flags(stage, data, known), options.processes)
-    wanted = len(short.steps[stage.split("/")[1]])
-    output = place.run(
-        command, lambda text: len(original.step_ms(text)) >= wanted, until, **original.ENVIRONMENT, **quiet_threads()
-    )
+    """Milliseconds of the first steps of a script of the original project."""
+
+    def done(output: str) -> bool:
+        return len(original.step_ms(output)) >= steps
+
+    command = launch_command(script, flags, options.processes)
+    output = place.run(command, done, until, **original.ENVIRONMENT, **quiet_threads())
     return list(original.step_ms(output).values())
-
-
-def dropped_flags(text: str, flags: list[str]) -> list[str]:
-    """Flags that a script with this --help does not know."""
-    return [flag for flag in flags if flag.split("=")[0] not in set(re.findall(r"--[a-zA-Z][\w-]*", text))]
 
 
 def compare(place: Workplace, other: Path, options: Options) -> dict:
@@ -448,21 +460,33 @@ def compare(place: Workplace, other: Path, options: Options) -> dict:
 
     A ratio is the time of B over that of A, of runs that followed one another: above 1 this checkout is faster.
     """
-    track, stage = options.stage or ("limited", "")
+    options = dataclasses.replace(options, profile=False)
+    track, stage = options.stage or (options.tracks[0], "")
     plan = official_plan(place, track, options)
     check_stage(plan, track, stage)
     stage = stage or stage_names(plan)[0]
     short = short_run(place, track, plan, [stage], options)
     script = other / SCRIPTS[track]
     text = help_of(place, script)
-    is_original = original.is_original(text)
-    found = {"path": str(other), "original_project": is_original, "stage": f"{track}/{stage}", "runs": []}
-    found["dropped_flags"] = [] if is_original else dropped_flags(text, short.flags)
-    own_help = " ".join(flag.split("=")[0] for flag in [*short.flags, "--runs-dir", "--run-name"])
+    found = {
+        "path": str(other),
+        "original_project": original.is_original(text),
+        "stage": f"{track}/{stage}",
+        "runs": [],
+    }
+    kept = [flag for flag in short.flags if flag.split("=")[0] in known_flags(text)]
+    run_a, run_b = (
+        partial(step_times, place, dataclasses.replace(short, script=path, flags=flags), stage, options)
+        for path, flags in ((short.script, short.flags), (script, kept))
+    )
+    if found["original_project"]:
+        data = Path(next(flag for flag in short.flags if flag.startswith("--data-dir=")).split("=")[1])
+        flags = original.original_flags(found["stage"], data, known_flags(text))
+        run_b = partial(original_step_times, place, script, flags, len(short.steps[stage]), options)
+    found["dropped_flags"] = [] if found["original_project"] else [flag for flag in short.flags if flag not in kept]
     end = time.monotonic() + 60 * options.minutes
-    for i, (which, path, words) in enumerate([("A", short.script, own_help), ("B", script, text)] * 2):
-        until = time.monotonic() + (end - time.monotonic()) / (4 - i)
-        ms = run_other(place, path, words, f"{track}/{stage}", short, options, until)[1:]
+    for i, (which, run_one) in enumerate([("A", run_a), ("B", run_b)] * 2):
+        ms = run_one(time.monotonic() + (end - time.monotonic()) / (4 - i))[1:]
         if not ms:
             raise ScriptFailed(f"run {i + 1} ({which}) made fewer than two steps in its time: raise --minutes")
         found["runs"].append({"which": which} | summary(ms))
@@ -503,14 +527,22 @@ def reason_to_leave_out(plan: dict, options: Options) -> str:
     return f"it takes {needed:.0f} GiB by its own estimate, and {has}: name the track to try it"
 
 
+UNUSABLE = (ScriptFailed, OSError, LookupError, ValueError, TypeError)  # a script, or what it wrote
+
+
+def reason(failure: Exception) -> str:
+    """Why a track failed, in a line."""
+    return str(failure) if isinstance(failure, ScriptFailed) else f"{type(failure).__name__}: {failure}"
+
+
 def measure_all(place: Workplace, report: Report, options: Options) -> None:
     """Measure what fits, into the report."""
     end, plans = time.monotonic() + 60 * options.minutes, {}
     for track in options.tracks:
         try:
             plan = official_plan(place, track, options)
-        except ScriptFailed as failure:
-            report.of(track)["failed"] = str(failure)
+        except UNUSABLE as failure:
+            report.of(track)["failed"] = reason(failure)
             continue
         if options.stage:
             check_stage(plan, *options.stage)
@@ -531,14 +563,12 @@ def measure_all(place: Workplace, report: Report, options: Options) -> None:
             report.of(track)["left_out"] |= dict.fromkeys(stages, "no time was left for it")
             continue
         print(f"{track}: {', '.join(stages)} ...", flush=True)
+        found = report.of(track)
         try:
-            found = measure(place, track, plans[track], stages, options, end)
-        except ScriptFailed as failure:
-            report.of(track)["failed"] = str(failure)
+            measure(place, track, plans[track], stages, found, options, end)
+        except UNUSABLE as failure:
+            found["failed"] = reason(failure)
             continue
-        found["left_out"] |= report.of(track)["left_out"]
-        found["projection"] = project(plans[track], found["stages"], options.processes)
-        report.tracks[track] = found
         print(f"{track}: {len(found['stages'])} stages in {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -577,6 +607,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Options
             parser.error(
                 f"--{name.replace('_', '-')} {value:g} must be {'2 or more' if name == 'steps' else 'positive'}"
             )
+    if a.counted and a.against:
+        parser.error("--counted runs nothing, --against does: give one of them")
     there = 0 if a.demo else torch.cuda.device_count()
     gpus = max((n for n in (0, 1, 2, 4, 8) if n <= there), default=0) if a.gpus is None else a.gpus
     if a.gpus is not None and (a.gpus not in (1, 2, 4, 8) or (a.gpus > there and not a.counted)):

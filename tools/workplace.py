@@ -38,7 +38,7 @@ def launch_command(script: Path, flags: list[str], processes: int) -> list[str]:
 
 def last_error(output: str) -> str:
     """The line of a script's output that says why it failed: its own error message, an exception, or the last line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [re.sub(r"^\[rank\d+\]: *", "", line).strip() for line in output.splitlines() if line.strip()]
     forms = (r"^\S+\.py: error: ", r"^([\w.]+\.)?\w*(Error|Exception|Interrupt|Exit)\b(: |$)")
     for form in forms:
         found = [line for line in lines if re.search(form, line)]
@@ -57,6 +57,7 @@ class Workplace:
     def __init__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="slowrun-"))
         self.started: list[subprocess.Popen] = []
+        self.output = self.folder / "output.txt"  # what the last process that was run printed
         self.shards: dict[tuple[int, int, int], Path] = {}
 
     def __enter__(self) -> Workplace:
@@ -113,23 +114,26 @@ class Workplace:
         wanted: output so far -> whether it is enough (None: it runs to its end). ScriptFailed if it ends before, or
         with another exit code than 0. Nothing of it runs on afterwards.
         """
-        output = self.folder / f"output-{time.monotonic_ns()}.txt"
-        process = self.start(command, output, **environment)
+        process = self.start(command, self.output, **environment)
         try:
             while process.poll() is None and time.monotonic() < until:
-                if wanted is not None and wanted(output.read_text(errors="replace")):
+                if wanted is not None and wanted(self.printed()):
                     break
                 time.sleep(POLL_S)
             code = process.poll()
         finally:
             self.kill()
-        text = output.read_text(errors="replace")
+        text = self.printed()
         if code is None and wanted is None:
             raise ScriptFailed("no answer in time: give it more --minutes")
         enough = code == 0 if wanted is None else code is None or wanted(text)
         if not enough:
             raise ScriptFailed(f"exit code {code}: {last_error(text)[:300]}")
         return text
+
+    def printed(self) -> str:
+        """What the last process that was run printed."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def data(self, vocab_size: int, sequence_len: int, train_tokens: int) -> Path:
         """A data folder with random training and validation shards, made once for each size."""

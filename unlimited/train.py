@@ -2710,7 +2710,7 @@ class StepProfiler:
             self.run.log(f"profile of steps {self.ranges[0][0]}-{self.ranges[0][1]}: the run did not go through them")
 
     def write(self, name: str) -> None:
-        started, folder, said = time.monotonic(), self.run.folder, "written"
+        started, folder, outcome = time.monotonic(), self.run.folder, "written"
         if self.cuda:
             torch.cuda.synchronize()
         profile, self.profile = self.profile, None
@@ -2720,9 +2720,9 @@ class StepProfiler:
             profile.export_chrome_trace(str(folder / "unfinished.json.gz"))
             os.replace(folder / "unfinished.json.gz", folder / f"{name}.json.gz")
             (folder / f"{name}.txt").write_text(profile_table(folder / f"{name}.json.gz"))
-        except OSError as error:  # a full disk: no reason to end a run
-            said = f"NOT written ({error})"
-        self.run.log(f"{name}: trace and table {said}, which took {time.monotonic() - started:.1f} s")
+        except (OSError, RuntimeError) as error:  # a full disk, or the profiler's fault: no reason to end a run
+            outcome = f"NOT written ({error})"
+        self.run.log(f"{name}: trace and table {outcome}, which took {time.monotonic() - started:.1f} s")
 
 
 # Copied from train.py: peak_memory_gib
