@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +207,18 @@ def test_profiled_steps_do_not_change_the_run(track, small):
     assert list(times) == list(KINDS) and times["communication"] == 0.0
     assert min(times[kind] for kind in KINDS if kind != "communication") > 0.0
     assert sum(times.values()) == pytest.approx(profile_span_ms(folder / "profile_2-2.json.gz"), rel=0.01)
+
+
+def test_ranges_to_profile_are_the_same_in_all_processes(track):
+    """Also in one that records nothing; ranges that began before a resume are passed over."""
+    run = SimpleNamespace(main=False, log=lambda text: None)
+    profiler, begun = track.StepProfiler(track.Config(profile_steps="2-3,5-6,9-9"), run, cuda=False), []
+    for number in range(3, 10):  # resumed after step 2
+        if profiler.begins_with(number):
+            profiler.start(number)
+            begun.append(number)
+        profiler.after_step(number, last=number == 9)
+    assert begun == [5, 9] and profiler.ranges == [] and profiler.profile is None
 
 
 @ALL_TRACKS

@@ -51,14 +51,9 @@ from tools.workplace import ScriptFailed, Workplace, launch_command  # noqa: E40
 
 SCRIPTS = {"limited": "train.py", "tiny": "tiny/train.py", "two_hour": "two_hour/train.py"}
 SCRIPTS["unlimited"] = "unlimited/train.py"
-FIRST = (
-    ("limited", 0),
-    ("tiny", -1),
-    ("limited", -1),
-    ("tiny", 0),
-    ("two_hour", -1),
-    ("unlimited", -1),
-)  # what matters
+FIRST = (  # the stages that matter most, by their place in the track
+    ("limited", 0), ("tiny", -1), ("limited", -1), ("tiny", 0), ("two_hour", -1), ("unlimited", -1),
+)  # fmt: skip
 H100 = {"tflops": 989.0, "tbs": 3.35}  # dense bfloat16, and memory
 LINK_BYTES_PER_S = 300e9  # assumed of NVLink between the GPUs of a machine, where only one GPU was measured
 # Guesses for what fits into the time: seconds until a script trains, for each further stage, to write a trace; the MFU
@@ -667,7 +662,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ScriptFailed) else 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was measured yet", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     finally:
         for number, handler in handlers.items():

@@ -2689,32 +2689,41 @@ class StepProfiler:
     """
 
     def __init__(self, config: Config, run: Run, cuda: bool):
-        self.ranges = profile_ranges(config.profile_steps) if run.main else []
-        self.run, self.cuda, self.profile, self.since = run, cuda, None, 0.0
+        self.ranges = profile_ranges(config.profile_steps)  # those that have not ended, in all processes
+        self.run, self.cuda, self.profile, self.first = run, cuda, None, 0
 
-    def before_step(self, number: int) -> None:
-        """number: of the step that comes, counted from 1."""
-        if not self.ranges or number != self.ranges[0][0]:
+    def begins_with(self, number: int) -> bool:
+        """Whether a range begins with this step, counted from 1; the same in all processes."""
+        while self.ranges and self.first != self.ranges[0][0] < number:  # it began before the run was resumed
+            self.ranges.pop(0)
+        return bool(self.ranges) and number == self.ranges[0][0]
+
+    def start(self, number: int) -> None:
+        """Record from this step on, which comes next."""
+        self.first = number
+        if not self.run.main:
             return
         if self.cuda:
             torch.cuda.synchronize()
         kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * self.cuda
-        self.profile, self.since = torch.profiler.profile(activities=kinds), number
+        self.profile = torch.profiler.profile(activities=kinds)
         self.profile.start()
 
     def after_step(self, number: int, last: bool = False) -> None:
-        """number: of the step that was made; last: none follows."""
-        if self.profile is not None and (last or number == self.ranges[0][1]):
-            self.write(f"profile_{self.since}-{number}")
-        elif last and self.ranges:
+        """Write what was recorded if a range ends with this step, or if no step follows, last."""
+        ends = bool(self.ranges) and (last or number == self.ranges[0][1])
+        if ends and self.profile is not None:
+            self.write(f"profile_{self.first}-{number}")
+        elif ends and last:
             self.run.log(f"profile of steps {self.ranges[0][0]}-{self.ranges[0][1]}: the run did not go through them")
+        if ends:
+            self.ranges.pop(0)
 
     def write(self, name: str) -> None:
         started, folder, outcome = time.monotonic(), self.run.folder, "written"
         if self.cuda:
             torch.cuda.synchronize()
         profile, self.profile = self.profile, None
-        self.ranges.pop(0)
         profile.stop()
         try:
             profile.export_chrome_trace(str(folder / "unfinished.json.gz"))
@@ -2881,7 +2890,9 @@ class Trainer:
             self.validate("initial")
         self.clock.start()
         while self.step < self.plan.num_steps and not self.stopped_by:
-            self.profiler.before_step(self.step + 1)
+            if self.profiler.begins_with(self.step + 1):
+                self.settle(0)  # so that recording is no part of the step before
+                self.profiler.start(self.step + 1)
             self.pending.append((self.step, self.train_step(self.step)))
             self.step += 1
             self.settle(keep)
