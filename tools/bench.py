@@ -264,15 +264,20 @@ def measure(
 ) -> None:
     """Measure stages of a track until a time, into what Report.of gives, also if it is interrupted."""
     short, runs = short_run(place, track, official, stages, options), place.folder / f"runs-{track}"
+    why = "its script failed before it"
     try:
         run_short(place, short, runs, options, until)
+        why = "no time was left for it"
+    except KeyboardInterrupt:
+        why = "interrupted before it"
+        raise
     finally:
         warm_up = re.search(r"\bwarm-up +([\d.]+) s[^;]*; (.+)$", place.printed(), re.MULTILINE)
         found |= {"warm_up_s": float(warm_up[1]), "kernels": warm_up[2]} if warm_up else {}
         lines = read_steps(runs)
         results = {stage: stage_result(short, stage, lines, options) for stage in stages}
         found["stages"] = {stage: result for stage, result in results.items() if result}
-        found["left_out"] |= {stage: "no time was left for it" for stage, result in results.items() if not result}
+        found["left_out"] |= {stage: why for stage, result in results.items() if not result}
         found["projection"] = project(official, found["stages"], options.processes)
     for stage, result in found["stages"].items():
         traces = list(runs.rglob(f"profile_{short.profiled.get(stage)}-*.json.gz"))
