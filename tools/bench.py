@@ -384,10 +384,13 @@ def print_report(report: Report, options: Options) -> None:
         if found.get("projection"):
             print(projection_line(track, found["projection"], options.processes, options.gpus > 0))
     for track, found in report.tracks.items():
-        for stage, why in found["left_out"].items():
-            print(f"{track}/{stage}: left out, {why}")
+        for why in dict.fromkeys(found["left_out"].values()):
+            stages = ", ".join(stage for stage, reason in found["left_out"].items() if reason == why)
+            print(f"{track}/{stages}: left out, {why}")
         if found["failed"]:
             print(f"{track}: FAILED, {found['failed']}")
+    if not options.gpus and not options.demo:
+        print("there is no GPU: --counted counts without one, --demo measures toy sizes")
 
 
 def counted_table(plans: dict[str, dict], options: Options) -> str:

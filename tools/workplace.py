@@ -82,7 +82,7 @@ class Workplace:
         return found
 
     def kill(self) -> None:
-        """End all processes; torchrun starts its workers in sessions of their own, so a group is not enough."""
+        """End all processes; torchrun starts its workers in groups of their own, so one group is not enough."""
         for process in self.started:
             with suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ class Workplace:
         self.started.clear()
 
     def start(self, command: list[str], output: Path, **environment: str) -> subprocess.Popen:
-        """Start a process in a session of its own, in the folder; what it prints goes to a file."""
+        """Start a process in a group of its own, in the folder; what it prints goes to a file."""
         inherited = {name: value for name, value in os.environ.items() if name not in RANKS}
         marked = inherited | {MARK: str(self.folder), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         with open(output, "wb") as file:
