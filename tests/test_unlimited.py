@@ -437,6 +437,29 @@ def test_stopped_by_a_signal_and_resumed(base, folder, monkeypatch, capsys):
     assert results_of(folder) == results_of(folder.parent / "reference")
 
 
+def test_an_ensemble_without_checkpoints(base, folder, monkeypatch, capsys):
+    """Snapshots are written, checkpoints are not: the chain that a signal stopped begins anew, with the same result."""
+    values = base | TINY | {"dropout": 0.1}
+    assert unlimited.main(flags(**values | {"run_name": "reference"})) == 0
+    step_of = unlimited.Chain.train_step
+
+    def interrupted(chain, step):
+        if (chain.number, step) == (1, 11):
+            signal.raise_signal(signal.SIGTERM)
+        return step_of(chain, step)
+
+    monkeypatch.setattr(unlimited.Chain, "train_step", interrupted)
+    assert unlimited.main(flags(**values | {"checkpoints": False})) == 1
+    printed = capsys.readouterr().out
+    assert "no checkpoints, so --resume would begin chains anew" in printed
+    assert f"with --no-checkpoints, python {sys.argv[0]} --resume {folder} begins the unfinished chains anew" in printed
+    assert not list(folder.rglob("step_*")) and list((folder / "chains/chain_00/final").glob("*.safetensors"))
+    monkeypatch.setattr(unlimited.Chain, "train_step", step_of)
+    assert unlimited.main(["--resume", str(folder)]) == 0
+    assert "chain 1 | no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    assert results_of(folder) == results_of(folder.parent / "reference")
+
+
 def test_what_is_damaged_is_left_out(base, folder, capsys):
     """A snapshot with a changed byte, and one that is gone: neither is mixed in, and it is said which they are."""
     assert unlimited.main(flags(**base | TINY)) == 0
