@@ -832,7 +832,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 
 
 def short_runs(config: Config) -> dict[str, dict]:
-    """Settings of runs to measure: of one stage, by its name, and "all", which has each stage in an epoch of its own."""
+    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
     runs = {"plain": {"num_epochs": 1, "replay_from_epoch": 0}}
     runs["all"] = runs["plain"]
     if config.replay_from_epoch:

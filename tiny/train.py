@@ -1213,7 +1213,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 
 
 def short_runs(config: Config) -> dict[str, dict]:
-    """Settings of runs to measure: of one stage, by its name, and "all", which has each stage in an epoch of its own."""
+    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
     runs = {
         "one_pass": {"num_epochs": 1, "late_passes_from": 1.0},
         stage_name(config.late_passes): {"num_epochs": 1, "late_passes_from": 0.0},

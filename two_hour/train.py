@@ -1271,7 +1271,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 
 
 def short_runs(config: Config) -> dict[str, dict]:
-    """Settings of runs to measure: of one stage, by its name, and "all", which has each stage in an epoch of its own."""
+    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
     stages = {}  # (windows, replay) by name
     for epoch in range(1, config.num_epochs + 1):
         stages[make_stage(config, epoch).name] = windows_of(config, epoch), replays(config, epoch)
