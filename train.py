@@ -878,9 +878,9 @@ def main(argv: list[str] | None = None) -> int:
     """Train, and return the exit code: 0 finished, or stopped by a signal and saved."""
     run = Session("limited", Config, DEMO, argv, __file__)
     c = run.config
-    plan = make_plan(c, run.splits["train"])
+    plan = run.world.main_first(make_plan, c, run.splits["train"])
     run.require(plan, count_sizes(c, run.dtype))
-    kernels = choose_kernels(c, run.world.device, run.dtype)
+    kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
     run.open({kernel.name: kernel.chosen for kernel in kernels})
 
     torch.manual_seed(c.seed)

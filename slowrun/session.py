@@ -164,7 +164,7 @@ class Session:
                 if self.world.is_main:
                     print(f"{resumed} has finished, see {resumed}/result.json")
                 raise SystemExit(0)
-        self.splits = self._load_splits()
+        self.splits = self.world.main_first(load_splits, c.data_dir, c.vocab_size, c.sequence_len)
         self.token_bytes, self.bytes_from = self.world.on_main(token_bytes, c.data_dir, c.vocab_size)
         self.eval_sets = {
             name: self.eval_set(split, self.world) for name, split in self.splits.items() if name != "train"
@@ -222,13 +222,13 @@ class Session:
         return content
 
     def _prepare_plan(self) -> None:
-        """What --plan needs: as many processes as torchrun would start, and the training split or a stand-in for it.
+        """What --plan needs: no other process, and the training split or a stand-in for it.
 
         bfloat16, as on the GPUs that a run is planned for, unless --dtype or --device cpu says otherwise.
         """
         c = self.config
         cuda = torch.cuda.is_available() and c.device != "cpu"
-        self.world = World(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cuda" if cuda else "cpu"))
+        self.world = World(0, 1, torch.device("cuda" if cuda else "cpu"))
         self.dtype = compute_dtype(c.dtype, self.world.device)
         if c.dtype == "auto" and c.device != "cpu":
             self.dtype = torch.bfloat16
@@ -240,7 +240,7 @@ class Session:
         self.splits = {"train": train}
 
     def _write_plan(self, plan: StepPlan, sizes: Sizes, repeats: int) -> NoReturn:
-        """Write the plan and exit; ValueError if the file cannot be written."""
+        """Write the plan, for as many processes as torchrun started, and exit; ValueError if that fails."""
         c, device = self.config, self.world.device
         path = Path(c.data_dir) / "fineweb_train.pt"
         data = str(path) if self.has_data else f"{rules.OFFICIAL_TRAIN_TOKENS:,} tokens, as {path} is not there"
@@ -257,21 +257,13 @@ class Session:
                 "memory_gib": total_memory(device) / GIB,
                 "peak_flops": peak_flops(device),
             },
-        } | describe(plan, sizes, self.world.size, c.checkpoints)
+        } | describe(plan, sizes, int(os.environ.get("WORLD_SIZE", 1)), c.checkpoints)
         if os.environ.get("RANK", "0") == "0":
             failure = try_to_write_json(Path(self.plan_file), content)
             if failure:
                 raise ValueError(f"the plan is not written ({failure}): choose another --plan FILE")
             print(f"NanoGPT Slowrun, {self.track} track, {data}: {summary(content)}\nwritten to {self.plan_file}")
         raise SystemExit(0)
-
-    def _load_splits(self) -> dict[str, Split]:
-        """The splits. The main process goes first, so that one message says what is wrong with them."""
-        c = self.config
-        where = c.data_dir, c.vocab_size, c.sequence_len
-        loaded: dict[str, Split] = {}
-        self.world.on_main(lambda: loaded.update(load_splits(*where)))
-        return loaded or load_splits(*where)
 
     def require(
         self, plan: StepPlan, sizes: Sizes, repeats: int = 1, processes: int | None = None, trains: bool = True

@@ -68,6 +68,20 @@ class World:
             raise ValueError(error) if self.is_main else SystemExit(2)
         return result
 
+    def main_first(self, function: Callable, *args) -> Any:
+        """Call the function on the main process, then on the others -> each process's own result. Collective.
+
+        For what all processes must do and all find wrong alike: only the main process raises its ValueError or OSError.
+        """
+        result = None
+
+        def call() -> None:
+            nonlocal result
+            result = function(*args)
+
+        self.on_main(call)
+        return result if self.is_main else function(*args)
+
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite a tensor with that of the main process. Collective."""
         if self.size > 1:
