@@ -909,8 +909,9 @@ class Session:
         stopped += f" after step {self.step}" if not self.has_children else ""
         command = resume_command(self.world.size, self.folder.path)
         if self.parent is not None:
-            self.log(stopped)  # the parent says how
-        elif self.config.checkpoints:
+            self.log(stopped)  # the parent says how to resume
+            return 1 if self.save_failure else 0
+        if self.config.checkpoints:
             self.log(f"{stopped}; resume with: {command}")
         else:
             kept = self.folder.checkpoints()

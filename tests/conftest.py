@@ -104,7 +104,8 @@ def flags(**values) -> list[str]:
 def write_data(folder: Path, tokens: dict[str, int], seed: int = 0) -> Path:
     """Splits of a Markov chain over 96 tokens in documents of 5 to 60, with meta.json."""
     import prepare_data
-    from train import sha256_file, write_json
+    from slowrun.data import sha256_file
+    from slowrun.folder import write_json
 
     random = np.random.RandomState(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def write_data(folder: Path, tokens: dict[str, int], seed: int = 0) -> Path:
             values[i] = (values[i - 1] * 5 + random.randint(0, 4)) % (V - 1) if i else 0
         values[starts] = V - 1
         path = folder / f"fineweb_{split}.pt"
-        prepare_data.save_shard(path, values, starts.astype(np.int64), V - 1, split)
+        prepare_data.save_split(path, values, starts.astype(np.int64), V - 1, split)
         splits[split] = {"tokens": count, "documents": len(starts), "sha256": sha256_file(path)}
     lengths = [1 + i % 4 for i in range(V - 1)] + [0]
     meta = {"source": "test", "revision": "0", "tokenizer": "test", "vocab_size": V, "bos_id": V - 1}
@@ -188,9 +189,9 @@ def run_to_end(script: str, arguments: list[str], processes: int = 1, **options)
     return output
 
 
-def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) -> None:
-    """Fill a model as tests/golden/README.md says."""
-    parameters = dict(model.named_parameters())
+def golden_values(parameters: dict[str, torch.Tensor], param_seed: int, n_embd: int) -> dict[str, torch.Tensor]:
+    """Values for parameters by name, as tests/golden/README.md says, in their dtypes."""
+    values = {}
     for k, name in enumerate(sorted(parameters)):
         shape = tuple(parameters[name].shape)
         z = np.random.RandomState(param_seed + k).standard_normal(shape)
@@ -206,7 +207,15 @@ def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) 
             value = z / np.sqrt(shape[1])
         else:
             value = 0.1 + 0.1 * z
-        parameters[name].data.copy_(torch.from_numpy(value))
+        values[name] = torch.from_numpy(value).to(parameters[name].dtype)
+    return values
+
+
+def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) -> None:
+    """Fill a model with golden_values."""
+    parameters = dict(model.named_parameters())
+    for name, value in golden_values(parameters, param_seed, n_embd).items():
+        parameters[name].data.copy_(value)
 
 
 def figures(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:

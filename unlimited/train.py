@@ -1546,9 +1546,10 @@ def end_cycle(chain: Session, train: Training, cycle: int) -> None:
         chain.validate(f"cycle_{cycle}", nats, fitness_loss=fitness_loss)
         score = chain.scores[f"cycle_{cycle}"]
         losses = {"val_loss": score.loss, "val_bpb": score.bpb, "fitness_loss": fitness_loss}
+        whole = {}  # the losses of all processes: what selection and readout need of this snapshot
         for split, eval_set in chain.eval_sets.items():
-            snapshot[f"nats.{split}"] = chain.world.gather_rows(nats[split].float(), eval_set.count)
-        chain.keep_member(name, snapshot, chain=number, cycle=cycle, **losses)
+            whole[f"nats.{split}"] = chain.world.gather_rows(nats[split].float(), eval_set.count)
+        chain.keep_member(name, snapshot | whole, chain=number, cycle=cycle, **losses)
     if c.keep:
         drop_lightest_member(chain)
     if is_taught(c, cycle):
