@@ -1,5 +1,5 @@
 # make demo    prepare a small corpus offline and train the limited track on it, with every technique, at toy size
-# make test    style, the records' tables and tests
+# make test    style, the records' tables, the list of instruments, and tests
 # Both set up their own virtual environment in .venv first. PYTHON=/path/to/python3.12 chooses the Python.
 
 VENV := .venv
@@ -16,6 +16,7 @@ test: $(VENV)/tests-requirements.txt
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python records/leaderboard.py --check
+	$(VENV)/bin/python records/instruments.py --check
 	$(VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 clean:

@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / "slowrun").is_dir())))
 
 from model import GPT, block_names, block_weights, draw_dropped, flops_per_token, init_masters
-from slowrun.config import RunConfig, require_at_least
+from slowrun.config import RunConfig, demo_of_record, require_at_least
 from slowrun.data import Loader, Split, shuffled_documents, shuffled_micro_steps
 from slowrun.kernels import CHUNK, Kernel, attention_error, check_kernels, choose_attention
 from slowrun.machine import compute_dtype
@@ -143,7 +143,7 @@ class Config(RunConfig):
 
     @property
     def piece(self) -> int:
-        """Sequences that a virtual rank takes at a time: a micro-step, or half of it if the meta-gradient has only one."""
+        """Sequences that a virtual rank takes at a time: a micro-step; half of one if the meta-gradient has no more."""
         return self.micro_batch // 2 if self.meta_gradient and self.micro_steps == 1 else self.micro_batch
 
     @property
@@ -231,6 +231,12 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in about
     "num_epochs": 5, "batch_tokens": 8192, "micro_batch": 4, "eval_batch": 16, "val_sequences": 496,
     "lr_multiplier": 1.0, "weight_decay": 0.3, "time_cap_min": 0.0, "compile": "off", "eval_initial": True,
 }  # fmt: skip
+
+
+def record_sizes(settings: dict) -> dict:
+    """Toy sizes for a record with these settings; num_epochs and replay_from_epoch are DEMO's."""
+    return demo_of_record(Config, DEMO, settings, unscaled=("num_epochs", "replay_from_epoch"))
+
 
 # ======================================================================================================================
 # Optimizer
@@ -702,15 +708,15 @@ class Training:
         self.optimizer.step(0, replace(stages[0], lr=0.0, ema_weight=0.0))  # connects the processes
 
     def warm_up_stage(self, values: Scheduled) -> None:
-        """One virtual rank's gradient and one batch of validation, with no block dropped and with all."""
+        """One virtual rank's gradient and one batch of validation. Stochastic depth may drop any block or keep it."""
         c = self.config
         device = self.world.device
         sequences = torch.randint(c.vocab_size, (c.micro_steps * c.micro_batch, c.sequence_len + 1), device=device)
         self.add_gradient(0, 0, sequences, values)
-        if c.stochastic_depth:
-            calls = range(len(c.layer_order(values.replay)) + 1)
-            rows = sequences[: c.pass_sequences]
-            loss, _ = self.model.training_loss(rows[:, :-1], rows[:, 1:], values.replay, dropped=calls)
+        rows = sequences[: c.pass_sequences]
+        calls = range(len(c.layer_order(values.replay)) + 1)
+        for dropped in [(), calls] if c.stochastic_depth else []:
+            loss, _ = self.model.training_loss(rows[:, :-1], rows[:, 1:], values.replay, dropped)
             loss.backward()
         self.weights.zero_sums()
         self.shards.zero_grads()
@@ -876,7 +882,7 @@ def end_epoch(run: Session, train: Training) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, and return the exit code: 0 finished, or stopped by a signal and saved."""
-    run = Session("limited", Config, DEMO, argv, __file__)
+    run = Session("limited", Config, DEMO, argv, __file__, record_sizes)
     c = run.config
     plan = run.world.main_first(make_plan, c, run.splits["train"])
     run.require(plan, count_sizes(c, run.dtype))

@@ -1,7 +1,7 @@
 """Draws the charts of records/README.md as SVG files: one function a chart, from plain data.
 
 Data are points, a list of them for each track, in the order of the records:
-{"number", "date", "loss", "minutes", "label", "verified", "efficiency" (as train.data_efficiency gives it)}.
+{"number", "date", "loss", "minutes", "label", "verified", "efficiency" (as scoring.data_efficiency gives it)}.
 
 An SVG says in its metadata what it was drawn from: `digest`. So a chart that is out of date is found without drawing.
 """
@@ -13,7 +13,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from train import write_atomically
+from slowrun.folder import write_atomically
 
 WIDTH = 9.4  # inches: 900 pixels on GitHub
 STYLES = {  # track -> colour (Okabe and Ito's, which colour-blind readers tell apart), marker

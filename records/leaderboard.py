@@ -23,10 +23,13 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import require
 from records import draw
-from records.referee import FIRST_SEED, RULES
-from train import OFFICIAL_SHA256, data_efficiency, read_json, settings_files, write_atomically
+from records.referee import FIRST_SEED, require
+from slowrun.config import settings_files
+from slowrun.data import read_json
+from slowrun.folder import write_atomically
+from slowrun.rules import OFFICIAL_SHA256, RULES
+from slowrun.scoring import data_efficiency
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = tuple(RULES)
@@ -178,7 +181,7 @@ def history_problems(folder: Path, entries: list) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name not in [entry["folder"] for entry in verified]:
             yield f"no entry has the folder {path.name}/: python records/submit.py makes both"
-    numbers = Counter(number for number, _ in settings_files(folder))
+    numbers = Counter(int(path.name[:2]) for path in folder.glob("[0-9][0-9]-*.json"))
     for number, n in numbers.items():
         if n > 1 or number not in [entry["number"] for entry in entries]:
             yield f"there are {n} settings files {number:02d}-*.json for record {number}, or there is no such record"
@@ -275,7 +278,7 @@ def kind_text(entry: dict) -> str:
 
 def track_block(root: Path, track: str, entries: list[dict]) -> str:
     """A track's charts and its table, for records/README.md."""
-    settings = dict(settings_files(root / "records" / track))
+    settings = settings_files(root / "records" / track)
     of_unlimited = track == "unlimited"
     rows = []
     for entry in entries:
@@ -357,7 +360,7 @@ def tracks_block(histories: dict[str, list[dict]]) -> str:
 
 def cap(track: str) -> float:
     """Minutes; 0 for none."""
-    return float(RULES[track].cap_min or 0)
+    return RULES[track].cap_min
 
 
 def replace_blocks(path: Path, text: str, blocks: dict[str, str]) -> str:

@@ -6,6 +6,8 @@
 
 Prints a line per check and run, PASS, FAIL with the reason, or NOTE, and a verdict. Exit code: 0 nothing fails, 1
 something does, 2 it cannot be called like that. It believes nothing that a run says of itself where it can find out.
+Data, scores and rules are those of slowrun/ beside it; that of a run, in its code/, must be a version of it that
+records/instruments.json lists.
 
 The run's code is executed by records/score.py, in a process of its own with a time limit: that keeps crashes and
 hangs away, but it is NOT a sandbox against malice. Judge code that you have not read on a machine that you can lose,
@@ -34,7 +36,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -44,46 +45,19 @@ ROOT = RECORDS.parent
 WORKER = RECORDS / "score.py"
 sys.path.insert(0, str(ROOT))
 
-from model import require  # noqa: E402
+from records import instruments  # noqa: E402
 from records.overlap import SHORTEST, count_overlaps  # noqa: E402
-from train import (  # noqa: E402
-    OFFICIAL_SHA256,
-    VIRTUAL_RANKS,
-    EvalSet,
-    Score,
-    World,
-    code_sha256,
-    data_efficiency,
-    duration,
-    load_data,
-    sha256_file,
-    token_byte_lengths,
-    write_json,
-)
+from slowrun import rules  # noqa: E402
+from slowrun.data import Split, load_splits, sha256_file, token_bytes  # noqa: E402
+from slowrun.folder import code_sha256, instrument_sha256, write_json  # noqa: E402
+from slowrun.scoring import EvalSet, Score, data_efficiency  # noqa: E402
+from slowrun.session import duration  # noqa: E402
+from slowrun.world import VIRTUAL_RANKS, World  # noqa: E402
 
 # ======================================================================================================================
-# Rules
+# What is checked, besides the rules of the tracks, which are in slowrun/rules.py
 # ======================================================================================================================
 
-
-@dataclass(frozen=True)
-class Rules:
-    """What a track asks of a record."""
-
-    cap_min: float | None  # minutes of training
-    sequences: int  # of the validation set that are scored
-    gpus: int | None = 8  # H100s
-
-
-RULES = {
-    "limited": Rules(60, 4864),
-    "tiny": Rules(15, 4864),
-    "two_hour": Rules(120, 4864),
-    "unlimited": Rules(None, 4880, None),
-}
-SEQUENCE_LEN = 2048  # targets of an official validation sequence
-OFFICIAL_SEQUENCES = 100_000_000 // (SEQUENCE_LEN + 1)  # of the training data
-MOST_GPUS, MOST_DAYS = 64, 7  # of the unlimited track
 GPT2, BYTES = 50257, 257  # sizes of vocabularies whose bytes per token are known
 GPT2_BYTES_SHA256 = "fc85cec8499a3efe31f2f65fdeb29161153e365155fc4990626335c8873146ee"  # of them as int64
 MIXINGS = ("probability", "weight", "logit")
@@ -117,7 +91,7 @@ RESULT_KEYS = (
 )  # fmt: skip
 CONFIG_KEYS = ("run_id", "track", "command", "overrides", "config", "code_sha256", "data_sha256")
 
-CODE_FILE = r"code/\w+\.py"
+CODE_FILE = r"code/(slowrun/)?\w+\.py"
 RUN_FILE = r"config\.json|result\.json|log\.txt|metrics\.jsonl|curve\.png"
 CHAIN_FILE = r"chains/chain_\d+/(ledger\.json|log\.txt|metrics\.jsonl|curve\.png)"
 WEIGHTS_FILE = r"final/members\.json|((chains/chain_\d+/)?final|scores)/\w+\.safetensors"
@@ -127,12 +101,18 @@ SUBMITTED_FOLDER = re.compile(
     rf"README\.md|{CODE_FILE}|seed-\d+/({RUN_FILE}|{CHAIN_FILE}|(chains/chain_\d+/)?metrics\.jsonl\.gz)"
 )
 # Of Weights & Biases, of a run that was resumed by its own copy of the script, of one that failed before it was resumed
-LEFT_ALONE = re.compile(r"wandb/|code/__pycache__/|(chains/chain_\d+/)?non_finite\.pt$")
+LEFT_ALONE = re.compile(r"wandb/|code/(slowrun/)?__pycache__/|(chains/chain_\d+/)?non_finite\.pt$")
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".npz", ".ckpt", ".joblib"}
 
 # ======================================================================================================================
 # Folders
 # ======================================================================================================================
+
+
+def require(fine, message: str) -> None:
+    """ValueError if something is not as it must be."""
+    if not fine:
+        raise ValueError(message)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -217,17 +197,17 @@ class Folder:
     @property
     def track(self) -> str:
         track = self.saved["track"]
-        require(track in RULES, f"config.json names track {track!r}, not one of {', '.join(RULES)}")
+        require(track in rules.RULES, f"config.json names track {track!r}, not one of {', '.join(rules.RULES)}")
         return track
 
     @property
-    def rules(self) -> Rules:
-        return RULES[self.track]
+    def rules(self) -> rules.Rules:
+        return rules.RULES[self.track]
 
     @property
     def official(self) -> bool:
         """Whether it says that its data are the benchmark's."""
-        return all(self.result["data_sha256"].get(split) == sha256 for split, sha256 in OFFICIAL_SHA256.items())
+        return rules.is_official(self.result["data_sha256"])
 
     @cached_property
     def main(self) -> Part:
@@ -334,7 +314,7 @@ class Judge:
 
     def __init__(self, options: Options, submitted: Path | None = None):
         self.options, self.submitted, self.findings = options, submitted, []
-        self.loaded: dict[tuple, dict] = {}
+        self.loaded: dict[tuple, dict[str, Split]] = {}
         self.overlaps: dict[str, dict[str, int]] = {}
         self.scored: dict[str, Scored] = {}
 
@@ -363,12 +343,11 @@ class Judge:
     def data_dir(self, run: Folder) -> str:
         return self.options.data or run.config["data_dir"]
 
-    def data(self, run: Folder) -> dict:
+    def data(self, run: Folder) -> dict[str, Split]:
         """The splits that a run is judged on."""
         key = (self.data_dir(run), run.config["vocab_size"], run.config["sequence_len"])
         if key not in self.loaded:
-            names = ("data_dir", "vocab_size", "sequence_len")
-            self.loaded[key] = load_data(SimpleNamespace(**dict(zip(names, key, strict=True))))
+            self.loaded[key] = load_splits(*key)
         return self.loaded[key]
 
 
@@ -433,7 +412,7 @@ def not_finite(value, name: str = "") -> list[str]:
 
 def check_completeness(check: Check, run: Folder, judge: Judge) -> str:
     """The run is finished, says all that it must, and scored all targets."""
-    saved, result, rules = run.saved, run.result, run.rules
+    saved, result = run.saved, run.result
     lacking = [k for k in CONFIG_KEYS if k not in saved] + [k for k in RESULT_KEYS if k not in result]
     check.need(not lacking, f"config.json or result.json lacks {', '.join(lacking)}")
     check.need(result["status"] == "finished", f"status is {result['status']!r}, not 'finished'")
@@ -452,10 +431,10 @@ def check_completeness(check: Check, run: Folder, judge: Judge) -> str:
     whole = result["val_tokens"] > 0 and result["val_tokens"] % run.config["sequence_len"] == 0
     check.need(whole, f"val_tokens is {result['val_tokens']:,}: not whole sequences of {run.config['sequence_len']}")
     if run.official:
-        needed = rules.sequences * SEQUENCE_LEN
+        needed = run.rules.val_tokens
         found = result["val_tokens"]
         check.need(found == needed, f"val_tokens is {found:,}, the {run.track} track scores {needed:,}")
-    official = result["data_sha256"].get("val") == OFFICIAL_SHA256["val"]
+    official = result["data_sha256"].get("val") == rules.OFFICIAL_SHA256["val"]
     found, needed = result["data_efficiency"], data_efficiency(number(result["val_loss"])) if official else None
     check.need(found == needed, f"data_efficiency is {found}, by val_loss and data it is {needed}")
     rate = result["tokens"] / max(number(result["train_time_s"]), 1e-9)
@@ -465,9 +444,9 @@ def check_completeness(check: Check, run: Folder, judge: Judge) -> str:
 
 
 def config_defaults(code: Path) -> dict:
-    """Fields and defaults of Config and its bases in code/*.py, from the text: nothing is executed."""
+    """Fields and defaults of Config and its bases in code/ and code/slowrun/, from the text: nothing is executed."""
     classes: dict[str, list[ast.ClassDef]] = {}
-    for path in sorted(code.glob("*.py")):
+    for path in sorted([*code.glob("*.py"), *code.glob("slowrun/*.py")]):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef):
                 classes.setdefault(node.name, []).append(node)
@@ -475,10 +454,10 @@ def config_defaults(code: Path) -> dict:
     def fields(name: str) -> dict:
         found, nodes = {}, classes.get(name, [])
         require(len(nodes) == 1, f"{len(nodes)} classes {name} in code/, one is needed")
-        for base in nodes[0].bases:
+        for base in reversed(nodes[0].bases):  # the first one overrides the others
             found |= fields(ast.unparse(base))
         for node in nodes[0].body:
-            if isinstance(node, ast.AnnAssign):
+            if isinstance(node, ast.AnnAssign) and node.value is not None:
                 text = ast.unparse(node)
                 try:
                     found[node.target.id] = json.loads(json.dumps(ast.literal_eval(node.value)))
@@ -509,6 +488,38 @@ def check_code(check: Check, run: Folder, judge: Judge) -> str:
     check.need(check.other_data or not settings, f"hyperparameters that are not in the script: {said}: {advice}")
     harmless = ", ".join(sorted(changed.keys() - settings.keys())) or "none"
     return f"{found[:12]}, {len(defaults)} settings as in the code, overrides: {harmless}"
+
+
+def check_instrument(check: Check, run: Folder, judge: Judge) -> str:
+    """What measured the run, code/slowrun/, is a version of this repository's history, and nothing takes its place."""
+    claims = {"config.json": run.saved.get("instrument_sha256"), "result.json": run.result.get("instrument_sha256")}
+    if not any(claims.values()):
+        by = "judge it with the referee of the version that made it, which had no slowrun/ yet"
+        check.need(False, f"config.json and result.json have no instrument_sha256: {by}")
+        return ""
+    for problem in instruments.copy_problems(run.code):
+        check.need(False, problem)
+    package = run.code / "slowrun"
+    if not package.is_dir():
+        return ""
+    found = instrument_sha256(package)
+    for name, claim in claims.items():
+        check.need(claim == found, f"the SHA-256 of code/slowrun/ is {found[:12]}..., {name} says {str(claim)[:12]}")
+    entry = instruments.known_versions().get(found)
+    if entry is None:
+        check.need(False, unknown_instrument(package, found))
+        return ""
+    return f"{found[:12]}, the version of {entry['date']}: {entry['change']}"
+
+
+def unknown_instrument(package: Path, found: str) -> str:
+    """What to do about a slowrun/ that is in no entry of the list."""
+    text = f"code/slowrun/ ({found[:12]}...) is no version in records/instruments.json"
+    changed = ", ".join(instruments.different_files(package))
+    if not changed:
+        return f"{text}, though it is slowrun/ as it is here: a maintainer adds it with {instruments.COMMAND}"
+    advice = "a record changes the script alone, so put the idea there and run it again with slowrun/ as it is here"
+    return f"{text}: it differs from slowrun/ as it is here in {changed}; {advice}, or update this repository"
 
 
 STEP_LINE = re.compile(r"step (\d+)/\d+ \| train (\S+) ")
@@ -613,7 +624,7 @@ def check_losses(check: Check, run: Folder, judge: Judge) -> str:
 
 
 def planned_tokens(config: dict, sequences: int) -> list[int]:
-    """Tokens that are done after 0, 1, ... all steps of a run, or of a chain, by the rules."""
+    """Tokens that are done after 0, 1, ... all steps of a run, or of a chain, by its config."""
     group = VIRTUAL_RANKS * config["micro_batch"]
     epoch_tokens = sequences // group * group * config["sequence_len"]
     if "cycles" not in config:
@@ -702,8 +713,9 @@ def check_chains(check: Check, run: Folder) -> None:
         found = number(result[name])
         check.need(close(found, total, 1e-6 * total), f"{name} is {found}, by the ledgers of the chains {total}")
     days, hours = sums["train_time_s"] / 86400, sums["process_hours"]
-    fits = days <= MOST_DAYS and hours <= MOST_DAYS * 24 * MOST_GPUS and sums["world_size"] <= MOST_GPUS
-    most = f"{MOST_GPUS} GPUs for {MOST_DAYS} days"
+    max_gpus, max_days = run.rules.max_gpus, run.rules.max_days
+    fits = days <= max_days and hours <= max_days * 24 * max_gpus and sums["world_size"] <= max_gpus
+    most = f"{max_gpus} GPUs for {max_days:g} days"
     check.record_needs(fits, f"{sums['world_size']} GPUs, {days:.2f} days, {hours:.0f} GPU hours: at most {most}")
 
 
@@ -712,7 +724,7 @@ def check_steps(check: Check, run: Folder, judge: Judge) -> str:
     if not judge.options.static:
         sequences = training_sequences(run, judge)
     elif run.official and run.track != "unlimited":
-        sequences = OFFICIAL_SEQUENCES
+        sequences = official_sequences()
     else:
         check.note("how many steps follow from the data was not checked, as these were not read")
         return check_batches(check, run)
@@ -728,6 +740,11 @@ def check_steps(check: Check, run: Folder, judge: Judge) -> str:
     return f"{len(plan) - 1:,} follow from the config and {sequences:,} training sequences"
 
 
+def official_sequences() -> int:
+    """Sequences of T + 1 tokens of the official training data."""
+    return rules.OFFICIAL_TRAIN_TOKENS // (rules.SEQUENCE_LEN + 1)
+
+
 def check_batches(check: Check, run: Folder) -> str:
     """Every step has the tokens of a batch."""
     sizes = {run.config["batch_tokens"], run.config.get("outer_batch_tokens", run.config["batch_tokens"])}
@@ -738,35 +755,12 @@ def check_batches(check: Check, run: Folder) -> str:
     return f"each has {' or '.join(f'{size:,}' for size in sorted(sizes))} tokens"
 
 
-def reasons_against(run: Folder) -> list[str]:
-    """Why a run cannot be a record, by the facts."""
-    result, rules, config = run.result, run.rules, run.config
-    targets = rules.sequences * SEQUENCE_LEN
-    facts = {
-        "the data are not the official files": run.official,
-        f"{result['val_tokens']:,} validation targets, not {targets:,}": result["val_tokens"] == targets,
-        "the loss is not finite": math.isfinite(result["val_loss"]),
-    }
-    if rules.cap_min is not None:
-        own, device = config["time_cap_min"], f"{result['world_size']} x {result['device']}"
-        facts |= {
-            f"the cap of {rules.cap_min:g} min was lifted": 0 < own <= rules.cap_min,
-            f"training took longer than {rules.cap_min:g} min": result["train_time_s"] <= 60 * rules.cap_min,
-            f"it ran on {device}, not on {rules.gpus} H100": result["world_size"] == rules.gpus and "H100" in device,
-        }
-    else:
-        facts |= {
-            f"more than {MOST_GPUS} GPUs, or {MOST_DAYS} days": result["train_time_s"] <= MOST_DAYS * 86400
-            and result["process_hours"] <= MOST_DAYS * 24 * MOST_GPUS
-            and result["world_size"] <= MOST_GPUS,
-            "the readout is not the one that the run declared": result["as_declared"] is True,
-        }
-    return [reason for reason, fine in facts.items() if not fine]
-
-
 def check_eligibility(check: Check, run: Folder, judge: Judge) -> str:
     """What the run says of its eligibility follows from the facts, and a record is eligible."""
-    claimed, because, reasons = run.result["eligible"], run.result["not_eligible_because"], reasons_against(run)
+    claimed, because = run.result["eligible"], run.result["not_eligible_because"]
+    reasons = rules.reasons_not_eligible(run.track, run.result)
+    declared = run.result.get("as_declared", True)  # of the unlimited track
+    check.need(isinstance(declared, bool), f"as_declared is {declared!r}, not true or false")
     said = "; ".join(reasons) or "nothing is against it"
     check.need(claimed is (not reasons), f"eligible is {claimed}, but: {said}")
     check.need(bool(because) is not claimed, f"eligible is {claimed}, not_eligible_because is {because}")
@@ -777,6 +771,7 @@ def check_eligibility(check: Check, run: Folder, judge: Judge) -> str:
 STATIC_CHECKS = [
     ("completeness", check_completeness),
     ("code", check_code),
+    ("instrument", check_instrument),
     ("log", check_log),
     ("losses", check_losses),
     ("clock", check_clock),
@@ -791,15 +786,15 @@ STATIC_CHECKS = [
 
 def check_data(check: Check, run: Folder, judge: Judge) -> str:
     """The files are those that the run names, and the benchmark's."""
-    shards, directory = judge.data(run), judge.data_dir(run)
+    splits, directory = judge.data(run), judge.data_dir(run)
     for name, said in (("config.json", run.saved["data_sha256"]), ("result.json", run.result["data_sha256"])):
         for split, sha256 in said.items():
-            if split == "holdout" and split not in shards:
+            if split == "holdout" and split not in splits:
                 continue  # the holdout's check says so
-            found = shards[split].sha256
+            found = splits[split].sha256
             check.need(sha256 == found, f"{split} in {directory} is {found[:12]}..., {name} says {sha256[:12]}...")
         check.need({"train", "val"} <= said.keys(), f"{name} has no hashes of train and val")
-    files = ", ".join(f"{split} {shard.sha256[:12]}" for split, shard in shards.items())
+    files = ", ".join(f"{name} {split.sha256[:12]}" for name, split in splits.items())
     said = f"not a record: the data are not the official files ({files})"
     check.record_needs(run.official, said if check.other_data else f"{said}; for data of your own give --other-data")
     return f"{directory}: {files}"
@@ -807,38 +802,40 @@ def check_data(check: Check, run: Folder, judge: Judge) -> str:
 
 def training_sequences(run: Folder, judge: Judge) -> int:
     """Training sequences of T + 1 tokens, without the fitness set of the unlimited track."""
-    shard, length, first = judge.data(run)["train"], run.config["sequence_len"] + 1, 0
+    train, length, first = judge.data(run)["train"], run.config["sequence_len"] + 1, 0
     if "fitness_tokens" in run.config:  # whole documents
-        ends = np.append(shard.doc_starts[1:], len(shard.tokens))
+        ends = np.append(train.doc_starts[1:], len(train.tokens))
         first = max((int(end) for end in ends if end <= run.config["fitness_tokens"]), default=0)
-    return (len(shard.tokens) - first) // length
+    return (len(train.tokens) - first) // length
 
 
 def check_targets(check: Check, run: Folder, judge: Judge) -> str:
     """As many validation targets as there are."""
-    shard, config, found = judge.data(run)["val"], run.config, run.result["val_tokens"]
-    there, T = len(shard.tokens) // (config["sequence_len"] + 1), config["sequence_len"]
+    val, T, found = judge.data(run)["val"], run.config["sequence_len"], run.result["val_tokens"]
+    there = len(val.tokens) // (T + 1)
     count = scored_sequences(run)
     check.need(
         found == min(there, count) * T, f"val_tokens is {found:,}, of {there} sequences {min(there, count) * T:,}"
     )
-    cut = count < min(there, run.rules.sequences)
+    cut = count < min(there, run.rules.val_sequences)
     check.record_needs(not cut, f"the config cuts validation to {count} of {there} sequences")
     return f"{found:,} targets, {min(there, count)} sequences of {T}"
 
 
 def scored_sequences(run: Folder) -> int:
     """Validation sequences that are scored at most: the track's, or fewer on other data if the config says so."""
-    return run.rules.sequences if run.official else min(run.rules.sequences, run.config["val_sequences"])
+    return run.rules.val_sequences if run.official else min(run.rules.val_sequences, run.config["val_sequences"])
 
 
 def check_overlap(check: Check, run: Folder, judge: Judge) -> str:
     """No training document is in the validation set or the holdout; on the official files they are counted."""
-    shards = judge.data(run)
-    key = shards["train"].sha256 + shards["val"].sha256
-    train, others = shards["train"], [split for split in ("val", "holdout") if split in shards]
+    splits = judge.data(run)
+    key = splits["train"].sha256 + splits["val"].sha256
+    train, others = splits["train"], [name for name in ("val", "holdout") if name in splits]
     if key not in judge.overlaps:
-        judge.overlaps[key] = {s: count_overlaps(train.tokens, train.doc_starts, shards[s].tokens) for s in others}
+        judge.overlaps[key] = {
+            name: count_overlaps(train.tokens, train.doc_starts, splits[name].tokens) for name in others
+        }
     counts = judge.overlaps[key]
     found = " and ".join(f"{count} in {split}" for split, count in counts.items())
     text = f"training documents of {SHORTEST} tokens or more that occur as a whole: {found}"
@@ -884,7 +881,7 @@ def run_worker(task: dict, time_limit_s: float) -> dict:
 
 def byte_lengths(check: Check, directory: str, vocab_size: int) -> torch.Tensor | None:
     """Bytes of every token (V,), 0 for the BOS; None if they are not known. ValueError if meta.json has wrong ones."""
-    lengths, source = token_byte_lengths(SimpleNamespace(vocab_size=vocab_size, data_dir=directory))
+    lengths, source = token_bytes(directory, vocab_size)
     if lengths is None:
         check.note(f"bytes per token {source}")
     elif vocab_size == GPT2:
@@ -915,22 +912,26 @@ class Scored:
 
 def score_run(run: Folder, judge: Judge) -> Scored:
     """Have a run's members predict the validation set and the holdout. WorkerFailed says why they did not."""
-    options, shards, check = judge.options, judge.data(run), Check(judge.options.other_data)
+    options, splits, check = judge.options, judge.data(run), Check(judge.options.other_data)
     lengths = byte_lengths(check, judge.data_dir(run), run.config["vocab_size"])
-    size = SimpleNamespace(sequence_len=run.config["sequence_len"], val_sequences=scored_sequences(run), eval_batch=1)
     alone = World(0, 1, torch.device("cpu"))
-    sets = {name: EvalSet(shards[name], size, alone, lengths) for name in ("val", "holdout") if name in shards}
+    sequence_len, count = run.config["sequence_len"], scored_sequences(run)
+    sets = {
+        name: EvalSet(splits[name], sequence_len, count, batch=1, world=alone, lengths=lengths)
+        for name in ("val", "holdout")
+        if name in splits
+    }
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="referee-") as out:
-        splits = {name: f"{out}/{name}_sequences.npy" for name in sets}
-        for name, path in splits.items():
+        files = {name: f"{out}/{name}_sequences.npy" for name in sets}
+        for name, path in files.items():
             np.save(path, sets[name].sequences.numpy())
         task = {"run_dir": str(run.path.resolve()), "device": device, "vocab_size": run.config["vocab_size"]}
         task |= {"mixing": run.final["mixing"], "members": len(run.members), "probe_seed": options.probe_seed}
         before = run.weights_sha256
-        found = run_worker(task | {"splits": splits, "out": out}, 60 * options.time_limit_min)
+        found = run_worker(task | {"splits": files, "out": out}, 60 * options.time_limit_min)
         if "wrong" in found:
             raise WorkerFailed(found["wrong"])
         nats = {name: torch.from_numpy(np.load(f"{out}/{name}.npy", allow_pickle=False)) for name in sets}
@@ -1081,19 +1082,20 @@ SCORE_CHECKS = [
 
 
 def check_same(check: Check, runs: list[Folder], judge: Judge) -> str:
-    """All runs are of one track, code, data and settings."""
+    """All runs are of one track, code, instrument, data and settings."""
     first = runs[0]
     for run in runs[1:]:
         for name, value in (
             ("track", lambda r: r.track),
             ("code", lambda r: code_sha256(r.code)),
+            ("instrument", lambda r: instrument_sha256(r.code / "slowrun")),
             ("data", lambda r: {k: v for k, v in r.result["data_sha256"].items() if k != "holdout"}),
             ("settings", lambda r: {k: v for k, v in r.config.items() if k not in OF_A_RUN}),
         ):
             a, b = value(first), value(run)
             keys = differing(a, b) if isinstance(a, dict) else ""
             check.need(a == b, f"{run.name} has other {name} than {first.name} {keys}".strip())
-    return f"{len(runs)} runs of the {first.track} track with one code, data and settings"
+    return f"{len(runs)} runs of the {first.track} track with one code, instrument, data and settings"
 
 
 def check_seeds(check: Check, runs: list[Folder], judge: Judge) -> str:

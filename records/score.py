@@ -4,8 +4,9 @@
 
 It runs in a process of its own, with a time limit, without gradients and without bytecode of the run's folder. That
 isolates the referee from crashes and hangs, NOT from malice: the run's code can do what its user can. Of this
-repository it imports nothing; the run's code/train.py must offer load_members(run_dir, device), an iterator of
-(weight, callable) in which a callable maps tokens (B, T) int64 to log-probabilities (B, T, V) float32.
+repository it imports nothing, not slowrun/ either: the run's script finds the one in its code/. The run's code/train.py
+must offer load_members(run_dir, device), an iterator of (weight, callable) in which a callable maps tokens (B, T) int64
+to log-probabilities (B, T, V) float32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -30,26 +32,51 @@ AGAIN_BATCHES = 64  # batches of sequences that are scored once more
 
 
 class Wrong(Exception):
-    """The run's code returned something else than log-probabilities."""
+    """The run's code returned something else than log-probabilities, or is not the code that it is said to be."""
+
+
+def instrument_modules() -> list[str]:
+    """The names of the modules of slowrun/ that are imported."""
+    return [name for name in sys.modules if name.split(".")[0] == "slowrun"]
+
+
+def check_instrument(code: Path) -> None:
+    """Wrong if a module of slowrun/ is imported from elsewhere than a run's code/."""
+    package = (code / "slowrun").resolve()
+    for name in instrument_modules():
+        file = getattr(sys.modules[name], "__file__", None)
+        if file is None or Path(file).resolve().parent != package:
+            raise Wrong(f"code/train.py imports {name} from {file}, not from {package}: its path line must find that")
 
 
 @contextlib.contextmanager
 def script(run_dir: Path):
-    """code/train.py of a run as a module, which finds its neighbours first. Modules of the caller stay as they are."""
+    """code/train.py of a run as a module, with its neighbours and its slowrun/. The caller's modules stay as they are.
+
+    Wrong if its slowrun/ is another one.
+    """
     code, path, bytecode = run_dir / "code", list(sys.path), sys.dont_write_bytecode
-    own = {file.stem for file in code.glob("*.py")} | {"judged_train"}
-    others = {name: sys.modules.pop(name) for name in own & sys.modules.keys()}
+    if not (code / "slowrun").is_dir():
+        raise Wrong("code/ has no slowrun/: copy the whole code/ of the run")
+    neighbours = {file.stem for file in code.glob("*.py")} | {"judged_train"}
+
+    def take_away() -> dict:
+        names = [*(neighbours & sys.modules.keys()), *instrument_modules()]
+        return {name: sys.modules.pop(name) for name in names}
+
+    others = take_away()
     sys.path.insert(0, str(code))
     sys.dont_write_bytecode = True
     try:
         spec = importlib.util.spec_from_file_location("judged_train", code / "train.py")
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        check_instrument(code)
         yield module
+        check_instrument(code)  # what was imported only when it was needed
     finally:
         sys.path[:], sys.dont_write_bytecode = path, bytecode
-        for name in own & sys.modules.keys():
-            del sys.modules[name]
+        take_away()
         sys.modules.update(others)
 
 
@@ -170,44 +197,48 @@ def run(task: dict) -> dict:
     """Score a run. task: run_dir, device, vocab_size, mixing, members (how many), probe_seed, splits, out.
 
     splits: name -> file of sequences (n, T + 1). Writes out/<split>.npy, nats (n, T) float64 of the mixture. Returns
-    device, weights as load_members gave them, and per callable what was measured; or wrong, what it returned instead.
+    device, weights as load_members gave them, and per callable what was measured; or wrong, what is not as it must be.
     """
-    run_dir, device, V = Path(task["run_dir"]), torch.device(task["device"]), task["vocab_size"]
     splits = {name: torch.from_numpy(np.load(path)) for name, path in task["splits"].items()}
-    logits = task["mixing"] == "logit"
-    budget = LOGIT_BATCH_BYTES if logits and device.type == "cuda" else BATCH_BYTES
-    batch = max(PROBE_SEQUENCES, min(32, budget // (4 * V * (splits["val"].size(1) - 1))))
-    weights: list[float] = []
-    measured: list[dict] = []
-    probabilities = {name: torch.zeros(rows[:, 1:].shape, dtype=torch.float64) for name, rows in splits.items()}
-    with script(run_dir) as module, torch.no_grad():
-        load = partial(module.load_members, run_dir, device)
-        inner = [Predictor(None, V, device) for _ in range(task["members"])]
-        if logits:
-            weights = [float(weight) for weight, _ in load()]
-        members = (lambda: [(1.0, mixture_of_logits(load, device, V, inner))]) if logits else load
-        random, val = np.random.RandomState(task["probe_seed"]), splits["val"]
-        rows = val[random.permutation(len(val))[:PROBE_SEQUENCES]]
-        some = torch.cat([rows[:, 1:, None], torch.from_numpy(random.randint(V, size=(*rows[:, 1:].shape, 8)))], dim=-1)
-        rows, before = rows[:, :-1], []
-        try:
-            for i, (_, log_probs) in enumerate(members()):  # all of them, before any has seen what follows
-                judged = Judged(Predictor(log_probs, V, device), batch, task["probe_seed"] + i)
-                before.append((judged, judged.fingerprint(rows, some)))
-                judged.predict.log_probs = log_probs = None  # one member is in memory at a time
-            for (weight, log_probs), (judged, prints) in zip(members(), before, strict=True):
-                judged.predict.log_probs = log_probs
-                nats = judged.score(splits, rows, some, prints)
-                for name, own in nats.items():
-                    probabilities[name].add_((-own).exp(), alpha=float(weight))
-                measured.append(predictions(judged, inner if logits else []) | {"loss": float(nats["val"].mean())})
-                weights += [] if logits else [float(weight)]
-                judged.predict.log_probs = log_probs = None
-        except Wrong as wrong:
-            return {"wrong": str(wrong)}
+    run_dir = Path(task["run_dir"])
+    try:
+        with script(run_dir) as module, torch.no_grad():
+            found, probabilities = measure(module, task, splits)
+    except Wrong as wrong:
+        return {"wrong": str(wrong)}
     for name, mixed in probabilities.items():
         np.save(Path(task["out"]) / f"{name}.npy", (-mixed.log()).numpy())
-    return {"device": device.type, "weights": weights, "measured": measured}
+    return found
+
+
+def measure(module: ModuleType, task: dict, splits: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """What run returns; the probability of each target by split, of the mixture: (n, T) float64."""
+    device, V, val = torch.device(task["device"]), task["vocab_size"], splits["val"]
+    logits = task["mixing"] == "logit"
+    budget = LOGIT_BATCH_BYTES if logits and device.type == "cuda" else BATCH_BYTES
+    batch = max(PROBE_SEQUENCES, min(32, budget // (4 * V * (val.size(1) - 1))))
+    load = partial(module.load_members, Path(task["run_dir"]), device)
+    inner = [Predictor(None, V, device) for _ in range(task["members"])]
+    weights = [float(weight) for weight, _ in load()] if logits else []
+    members = (lambda: [(1.0, mixture_of_logits(load, device, V, inner))]) if logits else load
+    random = np.random.RandomState(task["probe_seed"])
+    rows = val[random.permutation(len(val))[:PROBE_SEQUENCES]]
+    some = torch.cat([rows[:, 1:, None], torch.from_numpy(random.randint(V, size=(*rows[:, 1:].shape, 8)))], dim=-1)
+    rows, before, measured = rows[:, :-1], [], []
+    probabilities = {name: torch.zeros(rows[:, 1:].shape, dtype=torch.float64) for name, rows in splits.items()}
+    for i, (_, log_probs) in enumerate(members()):  # all of them, before any has seen what follows
+        judged = Judged(Predictor(log_probs, V, device), batch, task["probe_seed"] + i)
+        before.append((judged, judged.fingerprint(rows, some)))
+        judged.predict.log_probs = log_probs = None  # one member is in memory at a time
+    for (weight, log_probs), (judged, prints) in zip(members(), before, strict=True):
+        judged.predict.log_probs = log_probs
+        nats = judged.score(splits, rows, some, prints)
+        for name, own in nats.items():
+            probabilities[name].add_((-own).exp(), alpha=float(weight))
+        measured.append(predictions(judged, inner if logits else []) | {"loss": float(nats["val"].mean())})
+        weights += [] if logits else [float(weight)]
+        judged.predict.log_probs = log_probs = None
+    return {"device": device.type, "weights": weights, "measured": measured}, probabilities
 
 
 def predictions(judged: Judged, inner: list[Predictor]) -> dict:

@@ -24,11 +24,11 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import require  # noqa: E402
 from records import referee  # noqa: E402
 from records.leaderboard import table  # noqa: E402
-from records.referee import Folder, Judge, Options  # noqa: E402
-from train import read_json, write_json  # noqa: E402
+from records.referee import Folder, Judge, Options, require  # noqa: E402
+from slowrun.data import read_json  # noqa: E402
+from slowrun.folder import write_json  # noqa: E402
 
 FILES = ("config.json", "result.json", "metrics.jsonl", "log.txt", "curve.png")  # of a run
 CHAIN_FILES = ("ledger.json", "metrics.jsonl", "log.txt", "curve.png")
@@ -95,6 +95,15 @@ def pack(path: Path) -> None:
     path.unlink()
 
 
+def copy_code(code: Path, target: Path) -> None:
+    """The script and its slowrun/, as they ran."""
+    for folder in (code, code / "slowrun"):
+        copied = target / folder.relative_to(code)
+        copied.mkdir(parents=True)
+        for file in folder.glob("*.py"):
+            shutil.copyfile(file, copied / file.name)
+
+
 def copy_run(run: Folder, folder: Path) -> None:
     """What a run wrote, without weights; the metrics of chains packed."""
     parts = [(run.path, folder, FILES)]
@@ -147,9 +156,7 @@ def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed:
     """Make the folder and add it to the list -> what the referee finds of it; if something fails, nothing is left."""
     with tempfile.TemporaryDirectory(prefix=".submission-", dir=path.parent) as temporary:
         folder, final = Path(temporary) / entry["folder"], path.parent / entry["folder"]
-        (folder / "code").mkdir(parents=True)
-        for file in runs[0].code.glob("*.py"):
-            shutil.copyfile(file, folder / "code" / file.name)
+        copy_code(runs[0].code, folder / "code")
         for run in runs:
             copy_run(run, folder / f"seed-{run.config['seed']}")
         (folder / "README.md").write_text(text)

@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -141,16 +141,20 @@ def read_record(config_class: type, folder: Path, number: int) -> dict:
     return settings
 
 
-def demo_of_record(config_class: type, demo: dict, settings: dict) -> dict:
-    """Toy sizes for a record: those of the demo, in the record's proportion to the defaults. What is off stays off."""
+def demo_of_record(config_class: type, demo: dict, settings: dict, unscaled: Sequence[str] = ()) -> dict:
+    """Toy sizes for a record: those of the demo, in the record's proportion to the defaults.
+
+    What the record has off stays off, and what is no number is the record's. unscaled: fields that are the demo's.
+    """
     sizes = {}
     for name, value in demo.items():
         default = getattr(config_class, name)
         of_record = settings.get(name, default)
-        if type(value) in (int, float) and value and not of_record:
+        is_number = type(value) in (int, float)
+        if is_number and value and not of_record:
             continue
-        if name in settings and name not in ("num_epochs", "replay_from_epoch"):
-            value = type(value)(value * of_record / default) if default else of_record
+        if name in settings and name not in unscaled:
+            value = type(value)(value * of_record / default) if is_number and default else of_record
         sizes[name] = value
     return sizes
 

@@ -26,7 +26,6 @@ from slowrun.data import read_json, sha256_file
 from slowrun.machine import GIB
 
 PACKAGE = Path(__file__).resolve().parent
-IGNORED = shutil.ignore_patterns("__pycache__")
 
 # ---------------------------------------------------------------------------------------------------------- files
 
@@ -113,9 +112,14 @@ def code_sha256(code: Path) -> str:
     return hash_files([path for path in files_in(code) if package not in path.parents], code)
 
 
+def instrument_files(package: Path) -> list[Path]:
+    """The modules of a copy of slowrun/, which has no folders. Other files, such as an editor's, are no part of it."""
+    return [path for path in package.glob("*.py") if path.is_file()]
+
+
 def instrument_sha256(package: Path = PACKAGE) -> str:
     """The hash of a copy of slowrun/."""
-    return hash_files(files_in(package), package)
+    return hash_files(instrument_files(package), package)
 
 
 def copy_code(script: Path, code: Path) -> None:
@@ -123,7 +127,10 @@ def copy_code(script: Path, code: Path) -> None:
     code.mkdir()
     for file in script_files(script):
         shutil.copy(file, code / file.name)
-    shutil.copytree(PACKAGE, code / PACKAGE.name, ignore=IGNORED)
+    package = code / PACKAGE.name
+    package.mkdir()
+    for file in instrument_files(PACKAGE):
+        shutil.copy(file, package / file.name)
 
 
 # ---------------------------------------------------------------------------------------------------- run folders

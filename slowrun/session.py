@@ -720,7 +720,7 @@ class Session:
             "best_val_loss": min(result["readouts"].values()),
             "holdout_loss": holdout and holdout.loss,
             "holdout_bpb": holdout and holdout.bpb,
-            "data_efficiency": data_efficiency(score.loss) if rules.is_official(hashes) else None,
+            "data_efficiency": data_efficiency(score.loss) if hashes["val"] == rules.OFFICIAL_SHA256["val"] else None,
             **result,
             "seed": self.config.seed,
             "device": device_name(world.device),

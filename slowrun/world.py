@@ -105,12 +105,15 @@ class World:
         dist.all_gather(parts, padded, group=self.group)
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
-    def check_groups(self, group_size: int) -> None:
-        """ValueError if the processes cannot form groups of this size that divide the virtual ranks."""
+    def check_groups(self, group_size: int, flag: str = "a group size of") -> None:
+        """ValueError if the processes cannot form groups of this size that divide the virtual ranks.
+
+        flag: what sets the size, for the message.
+        """
         if self.size % group_size or VIRTUAL_RANKS % group_size:
             raise ValueError(
                 f"{self.size} processes cannot form groups of {group_size} that divide {VIRTUAL_RANKS} virtual ranks: "
-                "use groups of 1, 2, 4 or 8, a divisor of the number of processes"
+                f"use {flag} 1, 2, 4 or 8, a divisor of the number of processes"
             )
 
     def split(self, group_size: int) -> World:

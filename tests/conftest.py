@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from slowrun.config import parse_flags
+from slowrun.data import Split, sha256_file
+from slowrun.folder import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # the models are tiny
+# The modules of slowrun/
+INSTRUMENT = ("__init__", "clock", "config", "data", "folder", "machine", "rules", "scoring", "session", "world")
 # Track -> module; a new track adds itself here and below
 TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train"}
 UNLIMITED = {"unlimited": "unlimited.train"}  # whose runs are of another kind: tests/test_unlimited.py
 ALL_TRACKS = pytest.mark.parametrize("track", TRACKS | UNLIMITED, indirect=True)
-
-# For tests of what the two-hour track has as copies of the limited track's
-NOT_MERE_COPIES = pytest.mark.parametrize("track", ["limited", "tiny"], indirect=True)
 
 V = 97  # vocabulary of the small data; the BOS is 96
 COMMON = {
@@ -31,7 +33,7 @@ COMMON = {
 }  # fmt: skip
 SMALL = {  # flags of a run of 11 steps, two epochs of 5.5 steps, that takes a second or two
     "limited": COMMON | {"replay_start": 1, "replay_end": 2, "replay_from_epoch": 2},
-    "tiny": COMMON | {"passes_from": 0.5, "decay_hold": 0, "decay_low": 1, "ema_every": 2},
+    "tiny": COMMON | {"late_passes_from": 0.5, "decay_hold_epochs": 0, "decay_low_epochs": 1, "ema_every": 2},
 }
 SMALL["two_hour"] = SMALL["limited"] | {"window_schedule": "1-1:4,12;2-3:12,28;4-12:20,32"}
 SMALL["two_hour"] |= {"meta_gradient": True, "stochastic_depth": 0.0}
@@ -79,6 +81,18 @@ def golden(name: str) -> dict:
     return json.loads((Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden")) / f"{name}.json").read_text())
 
 
+def golden_split() -> tuple[Split, dict]:
+    """The training split of data.json, and what stands there of it."""
+    expected = golden("data")
+    random = np.random.RandomState(expected["seed"])
+    lengths = random.randint(3, 60, size=expected["num_docs"])
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    tokens = random.randint(0, 50256, size=lengths.sum()).astype(np.uint16)
+    tokens[starts] = 50256
+    assert len(tokens) == expected["num_tokens"]
+    return Split(tokens, starts, 43, ""), expected
+
+
 @pytest.fixture(scope="session")
 def gpt2():
     """The GPT-2 tokenizer, if its vocabulary is at hand (TIKTOKEN_CACHE_DIR) or can be downloaded."""
@@ -104,8 +118,6 @@ def flags(**values) -> list[str]:
 def write_data(folder: Path, tokens: dict[str, int], seed: int = 0) -> Path:
     """Splits of a Markov chain over 96 tokens in documents of 5 to 60, with meta.json."""
     import prepare_data
-    from slowrun.data import sha256_file
-    from slowrun.folder import write_json
 
     random = np.random.RandomState(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,9 +171,30 @@ def no_pictures(request, monkeypatch):
         monkeypatch.setattr(Figure, "savefig", lambda figure, path, **style: Path(path).write_bytes(b"."))
 
 
+def parse(track, arguments: list[str]) -> dict:
+    """The fields of Config that a command line of a track's script gives."""
+    of_record = getattr(track, "record_sizes", None)
+    given, _ = parse_flags(track.TRACK, track.Config, track.DEMO, arguments, Path(track.__file__), "", of_record)
+    return given
+
+
 def script_of(track) -> str:
     """The path of a track's script in the repository."""
     return str(Path(track.__file__).relative_to(ROOT))
+
+
+class FakeTime:
+    """Gives a trainer a clock by which a step takes so long, and nothing else takes any time."""
+
+    def __init__(self, trainer, step_s: float = 1.0):
+        self.time_s, train_step = 0.0, trainer.train_step
+
+        def timed(step: int):
+            self.time_s += step_s
+            return train_step(step)
+
+        trainer.train_step = timed
+        trainer.clock.now = lambda: self.time_s
 
 
 def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:

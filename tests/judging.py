@@ -16,8 +16,25 @@ import pytest
 import torch
 from conftest import SMALL, TRACKS, UNLIMITED, flags
 
-from records import referee, score
-from train import code_sha256, data_efficiency, duration, sha256_file, write_json
+from records import instruments, referee, score
+from slowrun import rules
+from slowrun.data import sha256_file
+from slowrun.folder import code_sha256, instrument_sha256, write_json
+from slowrun.scoring import data_efficiency
+from slowrun.session import duration
+
+
+@pytest.fixture(autouse=True)
+def known_instruments(tmp_path, monkeypatch):
+    """A list of instruments of its own for each test, which has slowrun/ as it is, also while it is being changed."""
+    monkeypatch.setattr(instruments, "LIST", tmp_path / "instruments.json")
+    list_instruments(instrument_sha256())
+
+
+def list_instruments(*hashes: str) -> None:
+    """Make these the known versions, oldest first."""
+    entries = [{"sha256": h, "date": f"2026-01-0{i}", "change": f"change {i}"} for i, h in enumerate(hashes, 1)]
+    write_json(instruments.LIST, {"instruments": entries})
 
 
 class HonestRuns:
@@ -85,6 +102,11 @@ class Case:
         """Note the hashes of final/ as they are."""
         files = sorted((self.path / "final").iterdir())
         self.edit("result.json", final_sha256={file.name: sha256_file(file) for file in files})
+
+    def sign_instrument(self) -> None:
+        """Note the hash of code/slowrun/ as it is."""
+        for name in ("config.json", "result.json"):
+            self.edit(name, instrument_sha256=instrument_sha256(self.path / "code" / "slowrun"))
 
     def append_code(self, text: str) -> None:
         with open(self.path / "code" / "train.py", "a") as file:
@@ -180,14 +202,11 @@ def as_defaults(case: Case) -> None:
 def make_record(case: Case, monkeypatch) -> None:
     """Turn a small run of two_hour into one that would be a record if the test's data were the benchmark's."""
     result = case.read("result.json")
-    monkeypatch.setattr(referee, "OFFICIAL_SHA256", {s: result["data_sha256"][s] for s in ("val", "train")})
-    monkeypatch.setattr(referee, "SEQUENCE_LEN", 32)
-    monkeypatch.setattr(referee, "OFFICIAL_SEQUENCES", 6000 // 33)
-    monkeypatch.setitem(referee.RULES, "two_hour", referee.Rules(120, 51))
+    monkeypatch.setattr(rules, "OFFICIAL_SHA256", {s: result["data_sha256"][s] for s in ("val", "train")})
+    monkeypatch.setattr(rules, "SEQUENCE_LEN", 32)
+    monkeypatch.setattr(rules, "OFFICIAL_TRAIN_TOKENS", 6000)
+    monkeypatch.setitem(rules.RULES, "two_hour", rules.Rules(cap_min=120.0, val_sequences=51, hardware="H100"))
     as_defaults(case)
-    case.replace(r"^    val_sequences: int = \d+", "    val_sequences: int = 51", "code/train.py")
-    case.edit("config.json", config=case.read("config.json")["config"] | {"val_sequences": 51})
-    case.sign_code()
     gpus = {"world_size": 8, "device": "NVIDIA H100 80GB HBM3"}
     case.replace(r"1 x CPU \(.*?\)", "8 x NVIDIA H100 80GB HBM3")
     efficiency = data_efficiency(result["val_loss"])
@@ -206,15 +225,15 @@ def with_val_document(data_dir: Path, folder: Path) -> str:
     shutil.copytree(data_dir, folder)
     content = {s: torch.load(folder / f"fineweb_{s}.pt", weights_only=True) for s in ("val", "train")}
     spans = {}
-    for split, shard in content.items():
-        starts = shard["doc_starts"].tolist()
-        spans[split] = {b - a: (a, b) for a, b in zip(starts, [*starts[1:], len(shard["tokens"])], strict=True)}
+    for split, saved in content.items():
+        starts = saved["doc_starts"].tolist()
+        spans[split] = {b - a: (a, b) for a, b in zip(starts, [*starts[1:], len(saved["tokens"])], strict=True)}
     size = max(spans["val"].keys() & spans["train"].keys())
     assert size > 50
     tokens, path = content["train"]["tokens"].numpy().copy(), folder / "fineweb_train.pt"
     tokens[slice(*spans["train"][size])] = content["val"]["tokens"].numpy()[slice(*spans["val"][size])]
     path.unlink()
-    prepare_data.save_shard(path, tokens, content["train"]["doc_starts"].numpy().astype(np.int64), 96, "train")
+    prepare_data.save_split(path, tokens, content["train"]["doc_starts"].numpy().astype(np.int64), 96, "train")
     meta = json.loads((folder / "meta.json").read_text())
     meta["splits"]["train"]["sha256"] = sha256_file(path)
     write_json(folder / "meta.json", meta)

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ALL_TRACKS, TRACKS, UNLIMITED, assert_figures, golden, set_golden_parameters, sized
+from conftest import ALL_TRACKS, TRACKS, UNLIMITED, assert_figures, golden, golden_split, set_golden_parameters, sized
 
 import prepare_data
+from slowrun.scoring import EvalSet
+from slowrun.world import World
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -56,7 +58,7 @@ class Golden:
         return weights
 
     def optimizer(self, model, dtype: torch.dtype):
-        world = self.track.World(0, 1, torch.device("cpu"))
+        world = World(0, 1, torch.device("cpu"))
         return self.track.build_optimizer(model.config, model, world, dtype, compile=False)
 
     def tokens(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,38 +232,25 @@ def test_selection():
     assert mixed.nonzero().flatten().tolist() == expected["top4"] and mixed.sum().item() == pytest.approx(1.0)
 
 
-def golden_shard(track) -> tuple:
-    expected = golden("data")
-    random = np.random.RandomState(expected["seed"])
-    lengths = random.randint(3, 60, size=expected["num_docs"])
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    tokens = random.randint(0, 50256, size=lengths.sum()).astype(np.uint16)
-    tokens[starts] = 50256
-    assert len(tokens) == expected["num_tokens"]
-    return track.Shard(tokens, starts, 43, ""), expected
-
-
 def as_figures(sequences) -> list[list[int]]:
     return [[int(s[0]), int(s[-1]), int(s.astype(np.int64).sum())] for s in sequences]
 
 
 def test_training_order(track):
-    shard, expected = golden_shard(track)
+    split, expected = golden_split()
     T, group = expected["sequence_len"], expected["group"]
     config = track.Config(**sized(track, T), micro_batch=4, batch_tokens=8 * 4 * T)
-    plan = track.Plan(config, len(shard.sequences(T + 1)))
     for epoch, order in expected["train_epochs"]["order"].items():
-        sequences, permutation = track.TrainLoader(shard, plan, range(8)).make_epoch(int(epoch))
+        sequences = track.epoch_sequences(config, split, int(epoch))
         assert len(sequences) // group * group == expected["train_epochs"]["sequences_per_epoch"][epoch]
-        assert as_figures(sequences[permutation[: len(order)]]) == order
+        assert as_figures(sequences[: len(order)]) == order
 
 
-@ALL_TRACKS
-def test_validation_order(track):
-    shard, expected = golden_shard(track)
-    T = expected["sequence_len"]
-    config = track.Config(**sized(track, T), micro_batch=4, batch_tokens=8 * 4 * T)
-    found = track.EvalSet(shard, config, track.World(0, 1, torch.device("cpu")), None).sequences.numpy()
+def test_validation_order():
+    split, expected = golden_split()
+    world = World(0, 1, torch.device("cpu"))
+    eval_set = EvalSet(split, expected["sequence_len"], max_sequences=10**6, batch=4, world=world, lengths=None)
+    found = eval_set.sequences.numpy()
     assert len(found) == expected["validation"]["num_sequences"]
     assert as_figures(found[:40]) == expected["validation"]["order"]
 

@@ -1,5 +1,6 @@
 """The head and its loss: exact in chunks, with several targets, in little memory; its fp8 products, emulated."""
 
+import dataclasses
 import json
 import math
 import weakref
@@ -12,6 +13,8 @@ from conftest import flags, read_metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny.train as tiny
+from slowrun import kernels
+from slowrun.kernels import HeadLoss, capped_cross_entropy, check_kernels, soft_cap
 
 VOCAB, PADDED, CAP = 100, 128, 15.0
 WEIGHTS = torch.tensor([1.0, 0.5, 0.25])
@@ -24,25 +27,25 @@ def make(track, dtype=torch.float64, positions: int = 50, channels: int = 32, sc
     lm_head = scale * torch.randn(PADDED, channels, generator=generator).to(dtype)
     targets = torch.randint(VOCAB, (positions, 3), generator=generator)
     targets[3], targets[7, 1:], targets[11:13, 1], targets[20, 2] = 5, -1, -1, targets[20, 0]
-    return x, (lm_head.T.contiguous() if track.TRACK == "tiny" else lm_head), targets
+    return x, (lm_head.T.contiguous() if track is tiny else lm_head), targets
 
 
 def chunk_of(track, model, weights, **settings):
-    settings |= {"head": settings.get("head", "plain")} if track.TRACK == "tiny" else {}
+    settings |= {"head": settings.get("head", "plain")} if track is tiny else {}
     return partial(model.head_chunk, weights=weights, vocab_size=VOCAB, cap=CAP, **settings)
 
 
 @pytest.mark.parametrize("size", [7, 50, 128])
 def test_the_loss_and_its_gradients_are_those_of_autograd(track, model, monkeypatch, size):
     """Against F.cross_entropy of all logits at once; chunks that do not divide the positions included."""
-    monkeypatch.setattr(model, "CHUNK_ON_CPU", size)
+    monkeypatch.setattr(kernels, "CHUNK_ON_CPU", size)
     x, lm_head, targets = make(track)
     x.requires_grad_(), lm_head.requires_grad_()
     chunk = chunk_of(track, model, WEIGHTS.double())
-    loss, first = model.HeadLoss.apply(x, lm_head, chunk, targets)
+    loss, first = HeadLoss.apply(x, lm_head, chunk, targets)
     found = torch.autograd.grad(loss * 0.7, [x, lm_head])
 
-    logits = model.capped_logits(x, lm_head, VOCAB, CAP)
+    logits = soft_cap((x @ (lm_head if track is tiny else lm_head.T))[:, :VOCAB], CAP)
     cross_entropy = partial(torch.nn.functional.cross_entropy, ignore_index=-1, reduction="sum")
     parts = [cross_entropy(logits, targets[:, k]) for k in range(3)]
     expected = sum(weight * part for weight, part in zip(WEIGHTS.double(), parts, strict=True))
@@ -53,14 +56,14 @@ def test_the_loss_and_its_gradients_are_those_of_autograd(track, model, monkeypa
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_gradient_of_the_logits_is_rounded_once(track, model):
+def test_the_gradient_of_the_logits_is_rounded_once():
     """Where the prediction is nearly sure, probability minus one is made in float32, then rounded to bfloat16."""
     logits = torch.randn(6, PADDED).bfloat16()
     logits[:, 17] = 12.0
     targets = torch.tensor([[17], [17], [3], [17], [-1], [99]])
     one = torch.ones(1)
-    *_, found = model.capped_cross_entropy(logits, targets, one, VOCAB, CAP)
-    exact = model.capped_cross_entropy(logits.double(), targets, one.double(), VOCAB, CAP)[2]
+    *_, found = capped_cross_entropy(logits, targets, one, VOCAB, CAP)
+    exact = capped_cross_entropy(logits.double(), targets, one.double(), VOCAB, CAP)[2]
     assert found.dtype == torch.bfloat16 and 0.0 < -exact[0, 17] < 1e-2
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-9)
     assert not found[:, VOCAB:].any() and not found[4].any()
@@ -70,7 +73,7 @@ def test_columns_of_the_padding_take_no_part(track, model):
     x, lm_head, targets = make(track)
     chunk = chunk_of(track, model, WEIGHTS.double())
     before = chunk(x, lm_head, targets)
-    (lm_head.T if track.TRACK == "tiny" else lm_head)[VOCAB:] = 1e6
+    (lm_head.T if track is tiny else lm_head)[VOCAB:] = 1e6
     for a, b in zip(before[:3], chunk(x, lm_head, targets)[:3], strict=True):
         assert torch.equal(a, b)
 
@@ -116,14 +119,14 @@ def test_memory_at_full_size(track, model, rows):
     On the meta device, where tensors have sizes and no contents.
     """
     n, C, V = rows * 2048, 1024, 50304
-    shape = (C, V) if track.TRACK == "tiny" else (V, C)
+    shape = (C, V) if track is tiny else (V, C)
     x = torch.empty(n, C, dtype=torch.bfloat16, device="meta", requires_grad=True)
     lm_head = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
     targets, weights = torch.empty(n, 3, dtype=torch.int64, device="meta"), torch.empty(3, device="meta")
     chunk = chunk_of(track, model, weights)
     chunk.keywords["vocab_size"] = 50257
     with LiveBytes() as live:
-        model.HeadLoss.apply(x, lm_head, chunk, targets)[0].backward()
+        HeadLoss.apply(x, lm_head, chunk, targets)[0].backward()
     logits = 2 * n * V
     assert live.peak < 2 * logits * (0.5 if rows == 32 else 1)  # half of it suffices
     with LiveBytes() as live:  # as autograd would do it
@@ -240,9 +243,10 @@ def test_scales_leave_room():
 
 def test_check_kernels_finds_a_wrong_fp8_head(monkeypatch):
     """By this the warm-up checks a GPU's fp8: small for the right one; one wrong product, or an error, is refused."""
-    config, cpu = tiny.Config(vocab_size=VOCAB, n_embd=64, n_head=2), torch.device("cpu")
-    assert 0.0 < tiny.head_error(config, cpu, "fp8") < 0.1
-    tiny.check_kernels(config, cpu, attention="sdpa", head="fp8")
+    config, cpu = tiny.Config(vocab_size=VOCAB, n_embd=64, n_head=2, head="fp8"), torch.device("cpu")
+    chosen = tiny.choose_kernels(config, cpu, torch.bfloat16)
+    errors = check_kernels(chosen)
+    assert errors == {"attention": 0.0, "head": tiny.head_error(config, cpu, "fp8")} and 0.0 < errors["head"] < 0.1
     product = tiny.fp8_product
 
     def one_wrong(a, b, scale, fast=False):
@@ -250,15 +254,16 @@ def test_check_kernels_finds_a_wrong_fp8_head(monkeypatch):
 
     monkeypatch.setattr(tiny, "fp8_product", one_wrong)
     with pytest.raises(ValueError, match="head fp8 is wrong here, by "):
-        tiny.check_kernels(config, cpu, attention="sdpa", head="fp8")
+        check_kernels(chosen)
 
     def fail(*args, **options):
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 
     monkeypatch.setattr(tiny, "fp8_product", fail)
     with pytest.raises(ValueError, match=r"head fp8 fails here \(CUBLAS_STATUS_NOT_SUPPORTED\): use --head plain"):
-        tiny.check_kernels(config, cpu, attention="sdpa", head="fp8")
-    tiny.check_kernels(config, cpu, attention="sdpa", head="plain")
+        check_kernels(chosen)
+    plain = dataclasses.replace(config, head="plain")
+    assert check_kernels(tiny.choose_kernels(plain, cpu, torch.bfloat16)) == {"attention": 0.0, "head": 0.0}
 
 
 def test_choosing_the_head(monkeypatch):

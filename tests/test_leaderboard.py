@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from records import draw, leaderboard
-from train import OFFICIAL_SHA256, write_json
+from slowrun.folder import write_json
+from slowrun.rules import OFFICIAL_SHA256
 
 HISTORIES = leaderboard.read_histories(ROOT)
 COUNTS = {"limited": 21, "tiny": 15, "two_hour": 6, "unlimited": 12}

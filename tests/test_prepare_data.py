@@ -1,4 +1,4 @@
-"""Preparation of shards: cutting, sources, verification, the network, the Hub, interruption."""
+"""Preparation of splits: cutting, sources, verification, the network, the Hub, interruption."""
 
 import json
 import os
@@ -19,7 +19,8 @@ from conftest import ROOT
 
 import prepare_data
 from prepare_data import ByteTokenizer, main, prepare, retrying
-from train import OFFICIAL_SHA256, sha256_file
+from slowrun.data import sha256_file
+from slowrun.rules import OFFICIAL_SHA256
 
 TEXTS = [f"document {i}: " + "xyz " * (i % 7) for i in range(60)]
 BUDGETS = ["--val-tokens=100", "--train-tokens=400", "--holdout-tokens=100", "--tokenizer=bytes"]
@@ -61,11 +62,11 @@ def test_local_sources_give_the_same_splits(tmp_path, kind):
     assert main([f"--source={source}", f"--data-dir={data_dir}", *BUDGETS]) == 0
     for split, tokens in expected_splits().items():
         assert contents(data_dir, split) == tokens
-        shard = torch.load(data_dir / f"fineweb_{split}.pt", weights_only=True)
-        assert list(shard) == ["tokens", "doc_starts", "bos_id", "seq_shuffle_seed", "seq_size"]
-        assert shard["tokens"].dtype == torch.uint16 and shard["doc_starts"].dtype == torch.int64
-        assert shard["doc_starts"].tolist() == [i for i, token in enumerate(tokens) if token == 256]
-        assert (shard["bos_id"], shard["seq_size"]) == (256, 2049)
+        content = torch.load(data_dir / f"fineweb_{split}.pt", weights_only=True)
+        assert list(content) == ["tokens", "doc_starts", "bos_id", "seq_shuffle_seed", "seq_size"]
+        assert content["tokens"].dtype == torch.uint16 and content["doc_starts"].dtype == torch.int64
+        assert content["doc_starts"].tolist() == [i for i, token in enumerate(tokens) if token == 256]
+        assert (content["bos_id"], content["seq_size"]) == (256, 2049)
     meta = json.loads((data_dir / "meta.json").read_text())
     assert meta["source"] == str(source) and "SHA-256" in meta["revision"]
     assert meta["token_bytes"] == [1] * 256 + [0] and meta["vocab_size"] == 257
@@ -142,7 +143,7 @@ def test_what_is_there_is_not_prepared_again(tmp_path, capsys):
 
 
 def test_files_are_not_overwritten_unasked(tmp_path, hub, monkeypatch, capsys):
-    """Shards without a meta.json, as the original project's: kept, and enough if they are the published ones."""
+    """Splits without a meta.json, as the original project's: kept, and enough if they are the published ones."""
     data = tmp_path / "data"
     arguments = [f"--source={write_texts(tmp_path / 'texts', 'jsonl')}", f"--data-dir={data}", *BUDGETS]
     assert main(arguments) == 0 and main([f"--data-dir={data}", "--push-to-hub=me/shards"]) == 0

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COMMON, ROOT, SMALL, TRACKS, V, flags, read_metrics, run_to_end, write_data
+from conftest import COMMON, ROOT, SMALL, TRACKS, FakeTime, V, flags, parse, read_metrics, run_to_end, write_data
 
 import model as root
 import tiny.train as tiny
 import train
 import two_hour.train as two_hour
 import unlimited.train as unlimited
+from slowrun import config as run_config
+from slowrun import folder as run_folder
+from slowrun.data import load_split
 
 MODULES = {"limited": train, "tiny": tiny, "two_hour": two_hour}
 
@@ -34,9 +37,9 @@ START = {
     "tiny": {
         "num_epochs": 16, "micro_batch": 16, "lr_multiplier": 1.0, "matrix_lr": 0.04, "scalar_lr": 0.25,
         "embedding_lr": 0.15, "head_lr": 0.001, "weight_decay": 0.8, "decay_schedule": False, "dropout": 0.1,
-        "warmdown": 0.5, "warmdown_shape": "linear", "logit_cap": 15.0, "mlp": "relu2", "u_net": False,
+        "warmdown": 0.5, "logit_cap": 15.0, "mlp": "relu2", "u_net": False,
         "head_gates": False, "half_rotary": False, "key_offset": False, "resid_init": 1.0, "xsa_layers": 0,
-        "shuffle": "micro_steps", "readout": "last", "swa_epochs": 0, "passes": 1, "mtp_weight_1": 0.0,
+        "shuffle": "micro_steps", "readout": "last", "swa_epochs": 0, "late_passes": 1, "mtp_weight_1": 0.0,
         "mtp_weight_2": 0.0, "head": "plain", "meta_gradient": False, "n_layer": 16, "n_embd": 1024, "n_head": 8,
         "window_pattern": "SSSL", "seed": 42, "batch_tokens": 524288,
     },
@@ -71,20 +74,21 @@ CHANGES = {
         5: {"warmdown": 0.6},
         6: {"half_rotary": True, "key_offset": True, "resid_init": 1.1},
         7: {
-            "decay_schedule": True, "decay_hold": 2, "decay_low": 8, "decay_low_value": 0.1, "decay_end_value": 1.25
+            "decay_schedule": True, "decay_hold_epochs": 2, "decay_low_epochs": 8, "decay_low": 0.1, "decay_end": 1.25
         },
-        8: {"readout": "ema", "ema_decay": 0.15, "ema_every": 10},
+        8: {"readout": "ema", "ema_epoch_decay": 0.15, "ema_every": 10},
         9: {"micro_batch": 32, "lr_multiplier": 0.8, "swa_epochs": 4, "readout": "average", "readout_epochs": 4},
         10: {"shuffle": "documents"},
         11: {"xsa_layers": 6},
         12: {
-            "passes": 2, "passes_from": 0.7, "num_epochs": 15, "warmdown": 0.4, "decay_end_value": 0.93, "xsa_layers": 0
+            "late_passes": 2, "late_passes_from": 0.7, "num_epochs": 15, "warmdown": 0.4, "decay_end": 0.93,
+            "xsa_layers": 0,
         },
         13: {
             "xsa_layers": -1, "mtp_weight_1": 0.5, "mtp_weight_2": 0.25, "mtp_until": 0.66, "head": "auto",
-            "num_epochs": 16, "warmdown": 0.6, "decay_end_value": 1.25, "passes": 1,
+            "num_epochs": 16, "warmdown": 0.6, "decay_end": 1.25, "late_passes": 1,
         },
-        14: {"num_epochs": 15, "warmdown": 0.4, "decay_end_value": 0.93, "passes": 2},
+        14: {"num_epochs": 15, "warmdown": 0.4, "decay_end": 0.93, "late_passes": 2},
         15: {"meta_gradient": True, "meta_step": 0.5},
     },
     "two_hour": {
@@ -112,8 +116,12 @@ def recipe(name: str, number: int) -> dict:
     return values
 
 
+def read_record(track, number: int) -> dict:
+    return run_config.read_record(track.Config, ROOT / "records" / track.TRACK, number)
+
+
 def settings(name: str, number: int) -> dict:
-    return MODULES[name].read_record(number)
+    return read_record(MODULES[name], number)
 
 
 @EACH
@@ -185,7 +193,9 @@ def toy_flags(name: str, number: int, data: Path, runs: Path) -> list[str]:
         sizes["window_schedule"] = "1-9:16,32"
     if full.get("xsa_layers", 0) > 0:
         sizes["xsa_layers"] = 1
-    unused = [] if full["decay_schedule"] else ["decay_hold", "decay_low"]  # their defaults do not fit, and need not
+    unused = []
+    if not full["decay_schedule"]:  # their defaults do not fit, and need not
+        unused = ["decay_hold_epochs", "decay_low_epochs"]
     for key in [
         "meta_gradient",
         "stochastic_depth",
@@ -207,14 +217,15 @@ def test_every_record_trains(name, number, few_tokens, tmp_path):
     assert len(steps) == 4 and all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.02
     saved = json.loads((tmp_path / "run/config.json").read_text())["config"]
     techniques = [key for key, value in c.items() if isinstance(value, str | bool) and key != "window_schedule"]
-    techniques += [key for key in ("mtp_weight", "stochastic_depth", "passes", "mtp_weight_1", "dropout") if key in c]
+    numbers = ("mtp_weight", "stochastic_depth", "late_passes", "mtp_weight_1", "dropout")
+    techniques += [key for key in numbers if key in c]
     assert {key: saved[key] for key in techniques} == {key: c[key] for key in techniques}
     for key in {"replay_from_epoch", "swa_epochs", "xsa_layers"} & c.keys():
         assert bool(saved[key]) == bool(c[key]), key
     declared = {"average": ("probability_average", "weight_average"), "last": ("last", "last")}
     declared["ema"] = ("last_blended", "exponential_moving_average")
     assert result["val_loss"] == result["readouts"][declared[c["readout"]][name == "tiny"]]
-    sequences = torch.from_numpy(track.load_shard("val", track.Config(**saved)).sequences(33).astype(np.int64))
+    sequences = torch.from_numpy(load_split(str(few_tokens), "val", V, 32).sequences(33).astype(np.int64))
     probabilities = 0
     for weight, log_probs in track.load_members(tmp_path / "run", "cpu"):
         found = log_probs(sequences[:, :-1]).gather(-1, sequences[:, 1:, None])
@@ -241,7 +252,7 @@ ENSEMBLES = {  # what the ensembles' records changed, from eight models of limit
 
 @pytest.mark.parametrize("number", ENSEMBLES)
 def test_settings_of_the_ensembles_are_the_recipe(number):
-    config, schedules = unlimited.Config(**unlimited.read_record(number)), ("warmdown", "warmdown_shape", "readout")
+    config, schedules = unlimited.Config(**read_record(unlimited, number)), ("warmdown", "warmdown_shape", "readout")
     expected = {key: value for key, value in recipe("limited", 2).items() if hasattr(config, key)}
     expected = {key: value for key, value in expected.items() if key not in (*schedules, "replay_start", "replay_end")}
     expected |= {"outer_batch_tokens": 524288, "clip": 0.0, "warmdown": 0.5, "lr_low": 0.0, "decay_low": 1.0}
@@ -249,7 +260,7 @@ def test_settings_of_the_ensembles_are_the_recipe(number):
     for later in range(2, number + 1):
         expected |= ENSEMBLES[later]
     assert {key: getattr(config, key) for key in expected} == expected
-    assert unlimited.read_record(12) == {}
+    assert read_record(unlimited, 12) == {}
 
 
 def test_a_record_of_ensembles_trains(few_tokens, tmp_path):
@@ -414,16 +425,15 @@ def test_schedules_without_the_later_techniques():
 def test_fixed_orders(shuffle, data_dir):
     """Sequences permuted once by the file's seed; micro-steps, from epoch 2 on, permuted cumulatively by the epoch."""
     config = train.Config(**SMALL["limited"] | {"data_dir": str(data_dir), "shuffle": shuffle, "micro_batch": 1})
-    shard = train.load_shard("train", config)
-    plan, sequences = train.Plan(config, 181), shard.tokens[: 181 * 33].reshape(181, 33)
+    split = load_split(str(data_dir), "train", V, 32)
+    plan, sequences = train.Plan(config, 181), split.tokens[: 181 * 33].reshape(181, 33)
     order = np.random.RandomState(43).permutation(181)[:176].reshape(22, 8)
-    loader = train.TrainLoader(shard, plan, range(8))
     for epoch in range(1, 5):
         if shuffle == "micro_steps" and epoch > 1:
             order = order[torch.randperm(22, generator=torch.Generator().manual_seed(epoch)).numpy()]
-        found, taken = loader.make_epoch(epoch)
-        assert np.array_equal(found, sequences) and np.array_equal(taken, order.ravel())
-    assert np.array_equal(loader.batch(0)[:, 0, 0], sequences[np.random.RandomState(43).permutation(181)[:8]])
+        assert np.array_equal(train.epoch_sequences(config, split, epoch), sequences[order.ravel()])
+    batch = train.make_loader(plan, split, range(8)).batch(0)
+    assert np.array_equal(batch[:, 0], sequences[np.random.RandomState(43).permutation(181)[:8]])
 
 
 def test_the_moving_average_of_the_weights(data_dir, tmp_path):
@@ -455,7 +465,7 @@ def test_the_moving_average_of_the_weights(data_dir, tmp_path):
     trainer.run.close()
 
 
-def test_a_run_that_ends_before_its_average_begins(data_dir, tmp_path, monkeypatch):
+def test_a_run_that_ends_before_its_average_begins(data_dir, tmp_path):
     values = SMALL["limited"] | {
         "data_dir": str(data_dir),
         "runs_dir": str(tmp_path),
@@ -463,7 +473,7 @@ def test_a_run_that_ends_before_its_average_begins(data_dir, tmp_path, monkeypat
         "device": "cpu",
     }
     trainer, _ = train.set_up(flags(**values | {"readout": "ema"}))
-    monkeypatch.setattr(trainer.clock, "now", iter(range(10**6)).__next__)
+    FakeTime(trainer)
     object.__setattr__(trainer.config, "time_cap_min", 7.5 / 60)
     trainer.fit()
     assert trainer.stopped_by == "time_cap" and train.finish(trainer) == 0
@@ -502,54 +512,19 @@ def fit_until(trainer, step: int) -> None:
     assert trainer.step == step and trainer.stopped_by == "signal"
 
 
-def test_listing_the_records(capsys):
-    for name, track in MODULES.items():
-        with pytest.raises(SystemExit) as exit:
-            track.main(["--list-records"])
-        lines = capsys.readouterr().out.splitlines()[1:]
-        assert exit.value.code == 0 and len(lines) == sum(of == name for of, _ in RECORDS)
-        assert all(line.startswith("*") and " min  " in line for line in lines)
-
-
-def refusal(track, arguments: list[str], capsys) -> str:
-    assert track.main(arguments) == 2
-    return capsys.readouterr().err
-
-
-def test_records_that_cannot_be_trained(capsys, tmp_path, monkeypatch):
-    known = ", ".join(map(str, range(1, 22)))
-    assert f"--record 22: the limited track has settings of {known}" in refusal(train, ["--record=22"], capsys)
-    both = ["--record=3", "--resume=runs/x"]
-    assert "--record is for a new run: --resume goes on with" in refusal(train, both, capsys)
-    (tmp_path / "records/limited").mkdir(parents=True)
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
-    assert "--record and --list-records need the repository's own script" in refusal(train, ["--record=3"], capsys)
-    (tmp_path / "records/limited/records.json").write_text("{}")
-    for content, message in (
-        ({"settings": {"n_layers": 3}}, "sets n_layers, which this script does not have"),
-        ({}, "it lacks settings"),
-        ({"settings": []}, "its settings are no JSON object"),
-        ({"settings": {"mlp": "relu"}}, "sets mlp to 'relu': it must be swiglu or relu2"),
-        ({"settings": {"n_layer": "3"}}, "sets n_layer to '3': it must be of type int"),
-        ({"settings": {"u_net": "no"}}, "sets u_net to 'no': it must be of type bool"),
-    ):
-        (tmp_path / "records/limited/03-x.json").write_text(json.dumps(content))
-        assert message in refusal(train, ["--record=3"], capsys)
-
-
 @pytest.mark.parametrize("name", [*MODULES, "unlimited"])
 def test_toy_sizes_leave_a_records_techniques(name):
     """Every record's demo can be built, has what the record has, and differs from the one before, but for a length."""
     track, before = (MODULES | {"unlimited": unlimited})[name], None
     numbers = [n for of, n in RECORDS if of == name] or [*ENSEMBLES, 12]
     for number in numbers:
-        config = track.Config(**track.parse_arguments([f"--record={number}", "--demo"])[0])
+        config = track.Config(**parse(track, [f"--record={number}", "--demo"]))
         assert (config.n_embd, config.sequence_len, config.eval_initial) == (
             64,
             128,
             track.DEMO.get("eval_initial", False),
         )
-        full = track.Config(**track.read_record(number))
+        full = track.Config(**read_record(track, number))
         for key, value in dataclasses.asdict(full).items():
             if isinstance(value, str | bool) and key not in {*track.DEMO, "window_schedule"}:
                 assert getattr(config, key) == value, key
@@ -560,11 +535,11 @@ def test_toy_sizes_leave_a_records_techniques(name):
 
 
 def test_flags_and_toy_sizes_come_before_a_records_settings():
-    config = train.Config(**train.parse_arguments(["--record=7", "--demo", "--warmdown=0.3"])[0])
+    config = train.Config(**parse(train, ["--record=7", "--demo", "--warmdown=0.3"]))
     assert (config.n_embd, config.num_epochs) == (train.DEMO["n_embd"], train.DEMO["num_epochs"])
     assert (config.warmdown, config.logit_cap, config.head_gates, config.head_mixes) == (0.3, 15.0, True, False)
     assert (config.replay_from_epoch, config.stochastic_depth, config.swa_epochs) == (4, 0.0, 0)
-    early = train.Config(**train.parse_arguments(["--record=3", "--demo"])[0])
+    early = train.Config(**parse(train, ["--record=3", "--demo"]))
     assert (early.replay_from_epoch, early.mlp, early.readout) == (0, "relu2", "last")
 
 
@@ -582,18 +557,18 @@ def test_a_record_trains_on_two_processes_as_on_one(few_tokens, tmp_path):
 @pytest.mark.parametrize("name", ["limited", "tiny"])
 def test_a_result_of_an_average_that_could_not_be_saved(name, few_tokens, tmp_path, monkeypatch):
     """The disk is full when all is done: resuming reads out the same weights."""
-    track, honest = MODULES[name], MODULES[name].write_json
+    track, honest = MODULES[name], run_folder.write_json
 
     def fail_once(path, content) -> None:
         if path.name == "result.json":
-            monkeypatch.setattr(track, "write_json", honest)
+            monkeypatch.setattr(run_folder, "write_json", honest)
             raise OSError("No space left on device")
         honest(path, content)
 
     number = {"limited": 11, "tiny": 8}[name]
     arguments = toy_flags(name, number, few_tokens, tmp_path)
     assert track.main([*arguments, "--run-name=whole"]) == 0
-    monkeypatch.setattr(track, "write_json", fail_once)
+    monkeypatch.setattr(run_folder, "write_json", fail_once)
     assert track.main(arguments) == 1 and not (tmp_path / "run/result.json").exists()
     assert track.main(["--resume", str(tmp_path / "run")]) == 0
     whole, resumed = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "run"))

@@ -11,12 +11,24 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TRACKS, UNLIMITED
-from judging import Case, HonestRuns, as_defaults, in_this_process, judge, make_record, with_val_document
+from conftest import ROOT, SMALL, TRACKS, UNLIMITED
+from judging import (
+    Case,
+    HonestRuns,
+    as_defaults,
+    in_this_process,
+    judge,
+    known_instruments,  # noqa: F401
+    list_instruments,
+    make_record,
+    with_val_document,
+)
 from safetensors.torch import load_file, save_file
 
 from records import overlap, referee, score
-from train import sha256_file, write_json
+from slowrun import rules
+from slowrun.data import sha256_file
+from slowrun.folder import instrument_sha256, write_json
 
 TRACK = "two_hour"  # of the runs that cheat: one script, two members
 
@@ -61,18 +73,17 @@ def load_members(run_dir, device):
 
 
 @pytest.mark.parametrize("track", [*TRACKS, *UNLIMITED])
-def test_honest_runs_are_accepted(honest, track, capsys, monkeypatch):
-    """The limited track in a process of its own, as its code has a model.py; the others in this one."""
-    if track != "limited":
-        monkeypatch.setattr(referee, "run_worker", in_this_process)
-    modules = {name: sys.modules.get(name) for name in ("train", "model")}
-    found = judge(capsys, honest(track))
+def test_honest_runs_are_accepted(honest, track, capsys, in_process):
+    """And the modules of this process stay its own."""
+    run, own = honest(track), ("train", "model", "slowrun", "slowrun.clock", "slowrun.scoring")
+    modules = {name: sys.modules.get(name) for name in own}
+    found = judge(capsys, run)
     assert found.fails == {} and found.exit_code == 0 and "NOT A RECORD" in found.verdict
     checks = [*referee.STATIC_CHECKS, *referee.DATA_CHECKS, *referee.SCORE_CHECKS]
     assert found.texts("PASS").keys() == {"files", *(name for name, _ in checks)}
     assert "no record on these data to compare with" in found.texts("NOTE")["significance"]
-    assert {name: sys.modules.get(name) for name in ("train", "model")} == modules
-    assert not list(honest(track).rglob("__pycache__"))
+    assert {name: sys.modules.get(name) for name in own} == modules
+    assert not list(run.rglob("__pycache__"))
 
 
 def test_harmless_changes_are_accepted(case, capsys, in_process):
@@ -95,6 +106,29 @@ def test_a_record_is_accepted(case, capsys, in_process, monkeypatch, tmp_path):
     static = judge(capsys, case, options=["--static", "--records-dir", str(tmp_path / "records")])
     assert static.fails == {} and static.verdict.startswith("static part only")
     assert "score" in static.texts("NOTE")["not made"] and "11 follow" in static.texts("PASS")["steps"]
+
+
+def test_a_run_folder_lives_anywhere(copy, capsys, tmp_path):
+    """Outside of any checkout it resumes and is scored by its own code/, in processes that know no other."""
+    case, elsewhere = copy("limited"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (case.path / "result.json").unlink()
+    shutil.rmtree(case.path / "final")
+    (case.path / "final").mkdir()
+    (case.path / "checkpoints").mkdir()
+    command = [sys.executable, str(case.path / "code" / "train.py"), "--resume", str(case.path)]
+    environment = {n: value for n, value in os.environ.items() if n != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    case.append_code(
+        "def load_members(run_dir, device, honest_members=load_members):\n"
+        '    assert {Path(sys.modules[n].__file__).parent for n in sys.modules if n.split(".")[0] == "slowrun"} == {\n'
+        '        Path(__file__).parent / "slowrun"\n'
+        "    }\n"
+        "    yield from honest_members(run_dir, device)\n"
+    )
+    found = judge(capsys, case)
+    assert found.fails == {} and "the version of 2026-01-01: change 1" in found.texts("PASS")["instrument"]
 
 
 def test_data_without_a_holdout(case, data_dir, tmp_path, capsys, in_process):
@@ -493,7 +527,7 @@ def test_hyperparameters_that_are_not_in_the_script(case, capsys, in_process, mo
     "change, check, said",
     [
         (lambda case: case.edit("result.json", device="CPU"), "log", "kind of devices"),
-        (lambda case: other_hardware(case), "eligibility", "8 x NVIDIA A100, not on 8 H100"),
+        (lambda case: other_hardware(case), "eligibility", "other hardware than 8 H100"),
         (lambda case: slow_down(case, 700.0), "clock", "the cap is 120"),
         (lambda case: case.configure(time_cap_min=240.0), "clock", "was set to 240"),
         (lambda case: case.configure(time_cap_min=0.0), "clock", "was lifted"),
@@ -646,13 +680,14 @@ def test_files_that_do_not_belong_there(case, capsys, change, said):
 def test_what_weights_and_biases_keeps_is_left_alone(case, capsys):
     (case.path / "wandb").mkdir()
     (case.path / "wandb" / "latest-run").symlink_to("run-1")
-    (case.path / "code" / "__pycache__").mkdir()
-    for name in ("code/__pycache__/train.cpython-311.pyc", "non_finite.pt"):
+    for folder in ("code", "code/slowrun"):
+        (case.path / folder / "__pycache__").mkdir()
+    for name in ("code/__pycache__/train.cpython-311.pyc", "code/slowrun/__pycache__/clock.cpython-311.pyc"):
         (case.path / name).write_bytes(b"?")
+    (case.path / "non_finite.pt").write_bytes(b"?")
     found = judge(capsys, case, options=STATIC)
-    assert (
-        found.fails == {} and "code/__pycache__/, non_finite.pt, wandb/: not looked at" in found.texts("NOTE")["files"]
-    )
+    left_alone = "code/__pycache__/, code/slowrun/__pycache__/, non_finite.pt, wandb/: not looked at"
+    assert found.fails == {} and left_alone in found.texts("NOTE")["files"]
 
 
 def test_code_that_is_not_what_ran(case, capsys):
@@ -662,11 +697,105 @@ def test_code_that_is_not_what_ran(case, capsys):
     assert found.keys() == {"code"} and "the SHA-256 of code/ is" in found["code"]
 
 
+# ----------------------------------------------------------------------------------------------------- the instrument
+
+
+def edit_clock(case: Case) -> None:
+    """Change one character of the clock, so that it counts backwards, and sign it."""
+    case.replace(r"\+= lap_s", "-= lap_s", "code/slowrun/clock.py")
+    case.sign_instrument()
+
+
+def test_an_edited_instrument(case, capsys, in_process):
+    """All else is honest. Unsigned, it is not what the run says either."""
+    edit_clock(case)
+    found = judge(capsys, case)
+    assert found.fails.keys() == {"instrument"} and "in clock.py; a record changes the" in found.fails["instrument"]
+    case.edit("config.json", instrument_sha256=instrument_sha256())
+    case.edit("result.json", instrument_sha256=instrument_sha256())
+    found = fails_static(capsys, case)
+    assert found.keys() == {"instrument"} and "config.json says" in found["instrument"]
+
+
+def test_an_earlier_instrument(case, copy, capsys):
+    edit_clock(case)
+    list_instruments(instrument_sha256(case.path / "code" / "slowrun"), instrument_sha256())
+    found = judge(capsys, case, options=STATIC)
+    assert found.fails == {} and "the version of 2026-01-01: change 1" in found.texts("PASS")["instrument"]
+    second = copy(seed=43, name="second")
+    found = fails_static(capsys, case, second)
+    assert found.keys() == {"submission"} and "second has other instrument than run" in found["submission"]
+
+
+def test_an_instrument_that_nobody_has_listed_yet(case, capsys):
+    list_instruments("0" * 64)
+    text = fails_static(capsys, case)["instrument"]
+    assert "though it is slowrun/ as it is here: a maintainer adds it" in text
+
+
+def test_runs_from_before_the_instrument(case, capsys):
+    for name in ("config.json", "result.json"):
+        write_json(case.path / name, {k: v for k, v in case.read(name).items() if k != "instrument_sha256"})
+    found = fails_static(capsys, case)
+    assert found.keys() == {"instrument"} and "which had no slowrun/ yet" in found["instrument"]
+    shutil.rmtree(case.path / "code" / "slowrun")
+    assert fails_static(capsys, case)["instrument"] == found["instrument"]
+
+
+@pytest.mark.parametrize("checkout", [False, True])
+def test_code_without_its_instrument(case, capsys, in_process, checkout):
+    """That of a checkout around it, which its script would find, does not take its place."""
+    (case.path / "code" / "slowrun").rename(case.path.parent / ("slowrun" if checkout else "kept"))
+    found = judge(capsys, case)
+    assert found.fails.keys() == {"code", "instrument", *(name for name, _ in referee.SCORE_CHECKS)}
+    assert "code/ has no slowrun/" in found.fails["instrument"] and "code/ has no slowrun/" in found.fails["score"]
+
+
+def test_a_script_that_finds_another_instrument(case, capsys, in_process):
+    case.replace(r"^sys\.path\.insert\(0, .*$", f"sys.path.insert(0, {str(ROOT)!r})", "code/train.py")
+    case.sign_code()
+    found = judge(capsys, case)
+    assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
+    assert f"from {ROOT}/slowrun/__init__.py, not from {case.path}/code/slowrun" in found.fails["score"]
+
+
+@pytest.mark.parametrize(
+    "file, said",
+    [
+        ("slowrun.py", "code/slowrun.py is a second slowrun"),
+        ("lib/slowrun/clock.py", "code/lib/slowrun is a second slowrun"),
+        ("slowrun/slowrun/clock.py", "code/slowrun/slowrun is not a module of slowrun/"),
+        ("slowrun/clock.so", "code/slowrun/clock.so is not a module of slowrun/"),
+        ("time.py", "code/time.py would be imported instead of the module time"),
+        ("torch/__init__.py", "code/torch would be imported instead of the module torch"),
+        ("sitecustomize.py", "code/sitecustomize.py would be imported instead of"),
+    ],
+)
+def test_modules_that_take_the_place_of_others(case, capsys, file, said):
+    path = case.path / "code" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    case.sign_code()
+    assert said in fails_static(capsys, case)["instrument"]
+    path.rename(case.path / "code" / "an_idea.py")
+    shutil.rmtree(case.path / "code" / "lib", ignore_errors=True)
+    shutil.rmtree(case.path / "code" / "torch", ignore_errors=True)
+    shutil.rmtree(case.path / "code" / "slowrun" / "slowrun", ignore_errors=True)
+    case.sign_code()
+    assert fails_static(capsys, case) == {}
+
+
 def test_defaults_are_read_and_not_executed(tmp_path):
     (tmp_path / "model.py").write_text("class GPTConfig:\n    n_layer: int = 30\n    rate: float = 1.0\n")
     text = "class Config(GPTConfig):\n    rate: float = 2.0\n    name: str = ''\n\n    cap = 1.0\n"
     (tmp_path / "train.py").write_text(text)
     assert referee.config_defaults(tmp_path) == {"n_layer": 30, "rate": 2.0, "name": ""}
+    (tmp_path / "slowrun").mkdir()
+    run = "class RunConfig:\n    n_layer: int\n    rate: float = 3.0\n    data_dir: str = 'data'\n"
+    (tmp_path / "slowrun" / "config.py").write_text(run)
+    (tmp_path / "train.py").write_text("class Config(GPTConfig, RunConfig):\n    cap: float = 60.0\n")
+    expected = {"n_layer": 30, "rate": 1.0, "data_dir": "data", "cap": 60.0}  # as Python inherits them
+    assert referee.config_defaults(tmp_path) == expected
     (tmp_path / "train.py").write_text(text.replace("2.0", "float(2)"))
     with pytest.raises(ValueError, match=r"not a literal: rate: float = float\(2\)"):
         referee.config_defaults(tmp_path)
@@ -744,6 +873,8 @@ def test_chains_that_are_wrong(copy, capsys, change, check, said):
 
 def test_another_readout_than_declared_is_not_eligible(copy, capsys):
     case = copy("unlimited")
+    case.edit("result.json", as_declared="yes")
+    assert "as_declared is 'yes', not true or false" in fails_static(capsys, case)["eligibility"]
     case.edit("result.json", as_declared=False)
     assert "the readout is not the one" in judge(capsys, case, options=STATIC).texts("NOTE")["eligibility"]
 
@@ -751,9 +882,9 @@ def test_another_readout_than_declared_is_not_eligible(copy, capsys):
 def test_the_plan_of_a_run():
     """The published numbers of steps, and cycles of two batch sizes."""
     limited = {"sequence_len": 2048, "micro_batch": 4, "batch_tokens": 524288, "num_epochs": 11}
-    assert len(referee.planned_tokens(limited, referee.OFFICIAL_SEQUENCES)) - 1 == 2097
+    assert len(referee.planned_tokens(limited, referee.official_sequences())) - 1 == 2097
     tiny = limited | {"micro_batch": 32, "num_epochs": 15}
-    assert len(referee.planned_tokens(tiny, referee.OFFICIAL_SEQUENCES)) - 1 == 2850
+    assert len(referee.planned_tokens(tiny, referee.official_sequences())) - 1 == 2850
     import unlimited.train as unlimited
 
     config = unlimited.Config(**SMALL["unlimited"])
@@ -792,7 +923,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_crashing_run_fails(case, capsys):
-    case.append_code("def load_members(run_dir, device):\n    os.abort()\n")
+    case.append_code("import os\n\n\ndef load_members(run_dir, device):\n    os.abort()\n")
     found = judge(capsys, case)
     assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
     assert "ended the scoring (exit code -6)" in found.fails["score"]
@@ -810,7 +941,7 @@ def load_members(run_dir, device):
 
 @pytest.mark.parametrize("mixing", ["probability", "logit"])
 def test_mixing(tmp_path, mixing):
-    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "slowrun").mkdir(parents=True)
     (tmp_path / "code" / "train.py").write_text(MEMBERS)
     sequences = np.random.RandomState(0).randint(7, size=(37, 12))
     np.save(tmp_path / "sequences.npy", sequences)
@@ -849,19 +980,12 @@ def load_members(run_dir, device):
 
 def test_members_are_in_memory_one_at_a_time(tmp_path):
     """The one before goes when the next has come, before the scoring too."""
-    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "slowrun").mkdir(parents=True)
     (tmp_path / "code" / "train.py").write_text(HOLDING)
     np.save(tmp_path / "sequences.npy", np.zeros((5, 12), dtype=np.int64))
     task = {"run_dir": str(tmp_path), "device": "cpu", "vocab_size": 7, "mixing": "probability", "members": 5}
     task |= {"probe_seed": 0, "splits": {"val": str(tmp_path / "sequences.npy")}, "out": str(tmp_path)}
     assert len(score.run(task)["measured"]) == 5
-
-
-@pytest.mark.parametrize("track", [*TRACKS, *UNLIMITED])
-def test_the_rules_are_the_scripts(track):
-    config, rules = importlib.import_module((TRACKS | UNLIMITED)[track]).Config(), referee.RULES[track]
-    assert (rules.cap_min or 0, rules.sequences) == (config.time_cap_min, config.val_sequences)
-    assert config.sequence_len == referee.SEQUENCE_LEN
 
 
 def test_documents_are_found_wherever_they_are():
@@ -920,6 +1044,6 @@ def test_bad_usage(tmp_path, capsys):
 
 def test_the_rules_are_those_of_the_scripts():
     for track, module in (TRACKS | UNLIMITED).items():
-        config, rules = importlib.import_module(module).Config(), referee.RULES[track]
-        assert (rules.cap_min or 0, rules.sequences) == (config.time_cap_min, config.val_sequences)
-        assert config.sequence_len == referee.SEQUENCE_LEN and config.vocab_size == referee.GPT2
+        config, of_track = importlib.import_module(module).Config(), rules.RULES[track]
+        assert (of_track.cap_min, of_track.val_sequences) == (config.time_cap_min, config.val_sequences)
+        assert config.sequence_len == rules.SEQUENCE_LEN and config.vocab_size == referee.GPT2

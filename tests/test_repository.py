@@ -1,24 +1,27 @@
 """What the READMEs say of the repository is so: files, flags, names in the code, messages, figures of the defaults."""
 
+import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from copies import SCRIPTS
+from conftest import INSTRUMENT, ROOT, parse
 
 import model
 import prepare_data
+import slowrun
 import tiny.train as tiny
 import train
 import two_hour.train as two_hour
 import unlimited.train as unlimited
-from records import leaderboard, referee, submit
+from records import instruments, leaderboard, referee, submit
 
 README = (ROOT / "README.md").read_text()
+PACKAGE = {name: importlib.import_module(f"slowrun.{name}") for name in INSTRUMENT if name != "__init__"}
 MODULES = {
-    "README.md": {"train": train, "model": model},
+    "README.md": {"train": train, "model": model} | PACKAGE,
     "tiny/README.md": {"train": tiny},
     "two_hour/README.md": {"train": two_hour},
     "unlimited/README.md": {"train": unlimited},
@@ -41,12 +44,11 @@ def test_links_lead_somewhere(readme):
 
 @EACH_PAGE
 def test_flags_exist(readme, capsys):
-    for script in (train, tiny, two_hour, unlimited, prepare_data, leaderboard, referee, submit):
+    for script in (train, tiny, two_hour, unlimited, prepare_data, instruments, leaderboard, referee, submit):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    others = {"--standalone", "--nproc", "--shutdown-timeout", "--fix"}  # of torchrun and tests/copies.py
-    others |= {"--nnodes", "--rdzv"}
+    others = {"--standalone", "--nproc", "--nnodes", "--rdzv", "--shutdown-timeout"}  # of torchrun
     flags = set(re.findall(r"(?<![-\w])--[a-z-]*[a-z]", (ROOT / readme).read_text()))
     assert len(flags) > 5 and flags - others <= known
 
@@ -55,14 +57,14 @@ def test_flags_exist(readme, capsys):
 def test_the_small_model_is_accepted(readme):
     text, track = (ROOT / readme).read_text(), MODULES[readme]["train"]
     (command,) = re.findall(r"^python \S*train.py (--data-dir my_data(?:.*\\\n)*.*)", text, re.MULTILINE)
-    given, _ = track.parse_arguments(shlex.split(command.replace("\\\n", " ")))
-    assert track.Config(**given).n_embd == 64
+    assert track.Config(**parse(track, shlex.split(command.replace("\\\n", " ")))).n_embd == 64
 
 
 @EACH
 def test_names_in_the_code_exist(readme):
-    names = re.findall(r"`(train|model)\.([\w.]+)`", (ROOT / readme).read_text())
-    names = [(module, path) for module, path in names if path != "py"]
+    modules = "|".join(["train", "model", *PACKAGE])
+    names = re.findall(rf"`({modules})\.([\w.]+)`", (ROOT / readme).read_text())
+    names = [(module, path) for module, path in names if path not in ("py", "json")]
     assert len(names) > 3
     for module, path in names:
         value = MODULES[readme][module]
@@ -71,9 +73,27 @@ def test_names_in_the_code_exist(readme):
             value = getattr(value, name)
 
 
+def test_the_scripts_have_the_same_sections():
+    """So that a difference of two tracks shows the science."""
+    sections = {}
+    for track in (train, tiny, two_hour, unlimited):
+        titles = re.findall(r"^# =+\n# ([\w ]+)", Path(track.__file__).read_text(), re.MULTILINE)
+        sections[track.TRACK] = titles
+    assert len(sections["limited"]) > 5 and all(titles == sections["limited"] for titles in sections.values())
+
+
+def test_the_table_of_the_instrument_is_complete():
+    """In the order of the docstring, and with every module."""
+    section = README.split("## Repository")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| \[(\w+)\.py\]\(slowrun/(\w+)\.py\) \|", section, re.MULTILINE)
+    order = re.findall(r"^    (\w+)  ", slowrun.__doc__, re.MULTILINE)
+    assert rows == [(name, name) for name in order] and set(order) == PACKAGE.keys()
+
+
 def test_messages_in_the_troubleshooting_exist():
     """The words between what varies are in the code."""
-    files = [(ROOT / file).read_text() for file in (*SCRIPTS, "train.py", "model.py", "prepare_data.py")]
+    scripts = ["train.py", "model.py", "tiny/train.py", "two_hour/train.py", "unlimited/train.py", "prepare_data.py"]
+    files = [(ROOT / file).read_text() for file in (*scripts, *(f"slowrun/{name}.py" for name in INSTRUMENT))]
     code = re.sub(r'"\s*f?"', "", "".join(files))  # joins strings that stand one behind the other
     section = README.split("## Troubleshooting")[1].split("\n## ")[0]
     messages = re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
@@ -128,7 +148,7 @@ def test_the_figures_of_the_two_hour_track():
 def test_the_other_ensemble_is_accepted():
     text = (ROOT / "unlimited/README.md").read_text()
     (command,) = re.findall(r"unlimited/train.py (--chains(?:.*\\\n)*.*)", text)
-    config = unlimited.Config(**unlimited.parse_arguments(shlex.split(command.replace("\\\n", " ")))[0])
+    config = unlimited.Config(**parse(unlimited, shlex.split(command.replace("\\\n", " "))))
     assert (config.members, config.average, config.cycles) == ("independent", "logit", 8)
 
 
@@ -166,12 +186,12 @@ def test_the_figures_of_the_tiny_track():
     assert f"{c.time_cap_min:g} minutes on 8" in text and f"H100, {c.num_epochs} epochs over" in text
     assert f"{c.n_layer} layers of width {c.n_embd}, {c.n_head} heads, SwiGLU of {c.hidden}" in text
     assert f"logits capped at {c.logit_cap:g}" in text and f"Dropout of {c.dropout} " in text
-    assert f"in the last {100 * (1 - c.passes_from):.0f}% of the steps" in text
+    assert f"in the last {100 * (1 - c.late_passes_from):.0f}% of the steps" in text
     assert f"with weights 1, {c.mtp_weight_1} and {c.mtp_weight_2};" in text
     assert f"the last two fall to 0 by {100 * c.mtp_until:g}% of the steps" in text
     assert f"multiplied by {c.lr_multiplier}." in text
     assert f"the last {100 * c.warmdown:.0f}% of the steps, and within the last {c.swa_epochs} epochs in cycles" in text
-    assert f"decay is {c.weight_decay} for {c.decay_hold} epochs," in text
-    assert f"falls to {c.decay_low_value} until epoch {c.decay_low}, and rises to {c.decay_end_value} at the" in text
+    assert f"decay is {c.weight_decay} for {c.decay_hold_epochs} epochs," in text
+    assert f"falls to {c.decay_low} until epoch {c.decay_low_epochs}, and rises to {c.decay_end} at the" in text
     assert f"each virtual rank's {c.micro_batch} sequences" in text and f"are moved by {c.meta_step} down" in text
     assert f"ends of the last {c.readout_epochs} epochs, averaged 1:2:3:4" in text

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MICRO_STEPS, NOISE, flags, launch, read_metrics, run_to_end, script_of, write_data
+from conftest import MICRO_STEPS, NOISE, FakeTime, flags, launch, read_metrics, run_to_end, script_of, write_data
 
 
 @pytest.fixture
@@ -58,11 +58,10 @@ def test_killed_and_resumed(track, small, folder):
     assert_same_losses(folder, folder.parent / "reference", 1e-6)
     steps, _ = read_metrics(folder)
     result = json.loads((folder / "result.json").read_text())
-    assert sum(line["dt_s"] for line in steps) == pytest.approx(result["train_time_s"], rel=1e-6)
-    assert result["wall_time_s"] >= result["train_time_s"]
+    assert 0 < sum(line["dt_s"] for line in steps) < result["train_time_s"] < result["wall_time_s"]
 
 
-@pytest.mark.parametrize("track", ["limited"], indirect=True)  # enough of what is copied
+@pytest.mark.parametrize("track", ["limited"], indirect=True)  # the others' signals: test_run.py
 def test_stopped_by_a_signal_and_resumed_on_two_processes(track, small, folder):
     """SIGTERM: the step is finished, all is saved, exit code 0, and the line that says how to resume is right."""
     values = {"dtype": "float64", "dropout": 0.1, "num_epochs": 3}
@@ -81,10 +80,10 @@ def test_stopped_by_a_signal_and_resumed_on_two_processes(track, small, folder):
     assert track.main(["--resume", str(folder)]) == 0  # finished: says so, changes nothing
 
 
-def test_a_run_that_the_cap_stopped_is_not_trained_on(track, small, folder, monkeypatch):
+def test_a_run_that_the_cap_stopped_is_not_trained_on(track, small, folder):
     """Killed between the last step and the readout: resuming reads out the same steps."""
     trainer, _ = track.set_up(flags(**small))
-    monkeypatch.setattr(trainer.clock, "now", iter(range(10**6)).__next__)
+    FakeTime(trainer)
     object.__setattr__(trainer.config, "time_cap_min", 7.5 / 60)
     trainer.fit()
     assert trainer.stopped_by == "time_cap"
@@ -92,18 +91,6 @@ def test_a_run_that_the_cap_stopped_is_not_trained_on(track, small, folder, monk
     assert track.main(["--resume", str(folder)]) == 0
     result = json.loads((folder / "result.json").read_text())
     assert (result["steps"], result["stopped_by"]) == (trainer.step, "time_cap")
-
-
-def test_a_torn_line_of_the_log_is_cut_off(track, small, folder):
-    """What a power loss leaves: a part of a line, or zeros."""
-    trainer, _ = track.set_up(flags(**small))
-    trainer.run.close()
-    whole = (folder / "log.txt").read_bytes()
-    (folder / "log.txt").write_bytes(whole + b"0123abcd step 5/" + bytes(7))
-    resumed, _ = track.set_up(["--resume", str(folder)])
-    resumed.run.close()
-    log = (folder / "log.txt").read_bytes()
-    assert log.startswith(whole) and all(line.startswith(trainer.run.run_id.encode()) for line in log.splitlines())
 
 
 @pytest.fixture
@@ -123,53 +110,42 @@ def refused(track, arguments, capsys) -> str:
 
 
 def test_resuming_what_does_not_fit_is_refused(track, stopped, capsys, tmp_path):
+    """Before anything is changed; then the run goes on. What does not change the result may change."""
     resume = ["--resume", str(stopped)]
     assert "config.json not found: --resume needs a run folder" in refused(track, ["--resume", str(tmp_path)], capsys)
-    error = refused(track, [*resume, "--n-layer=6", "--seed=43"], capsys)
-    assert "was started with other settings (n_layer 2, now 6, seed 42, now 43)" in error
-
-    config = json.loads((stopped / "config.json").read_text())
-    (stopped / "config.json").write_text(json.dumps(config | {"track": "other"}))
-    assert "is a run of the other track" in refused(track, resume, capsys)
-    (stopped / "config.json").write_text(json.dumps(config | {"code_sha256": "0" * 64}))
-    error = refused(track, resume, capsys)
-    assert f"the script changed since {stopped} was started: resume it with {stopped}/code/" in error
-    (stopped / "config.json").write_text(json.dumps(config))
-
-    (stopped / "config.json").write_text("{}")
-    assert "config.json is damaged (it lacks " in refused(track, resume, capsys)
-    (stopped / "config.json").write_text(json.dumps(config))
+    assert "other settings (n_layer 2, now 6)" in refused(track, [*resume, "--n-layer=6"], capsys)
 
     other = write_data(tmp_path / "other", {"val": 1700, "train": 6000, "holdout": 1500}, seed=1)
     error = refused(track, [*resume, f"--data-dir={other}"], capsys)
-    assert f"{stopped} was started on other data (fineweb_train.pt was {config['data_sha256']['train'][:12]}" in error
+    assert f"{stopped} was started on other data (fineweb_train.pt was " in error
+
+    config = (stopped / "config.json").read_text()
+    saved = json.loads(config)
+    del saved["instrument_sha256"]  # as folders were before there was slowrun/
+    (stopped / "config.json").write_text(json.dumps(saved))
+    expected = f"{stopped} was made by an older version: resume it with {stopped}/code/train.py"
+    assert expected in refused(track, resume, capsys)
+    (stopped / "config.json").write_text(config)
 
     member = stopped / "final" / "epoch_01.safetensors"
     content = member.read_bytes()
     for wrong in (content[:-1], None):
         member.unlink() if wrong is None else member.write_bytes(wrong)
-        said = "epoch_01.safetensors, of the readout, is missing or damaged"
-        assert said in refused(track, resume, capsys)
+        expected = "epoch_01.safetensors, of the readout, is missing or damaged"
+        assert expected in refused(track, resume, capsys)
     member.write_bytes(content)
-    assert track.main([*resume, "--log-every=1"]) == 0  # what does not change the result may change
+    assert track.main([*resume, "--log-every=1"]) == 0
 
 
 def test_a_damaged_checkpoint_is_refused(track, stopped, capsys):
-    """It names the file whose deletion lets the run go on from the checkpoint before, and then it does."""
+    """Without it, the run goes on from the checkpoint before."""
     older, newest = sorted((stopped / "checkpoints").glob("step_*.json"))
-    path = newest.with_suffix(".pt")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    error = refused(track, ["--resume", str(stopped)], capsys)
-    assert f"{path} is missing or damaged: delete {newest} to resume from step {int(older.stem[5:])}" in error
-    content = newest.read_bytes()
-    newest.write_bytes(content[:-9])
-    error = refused(track, ["--resume", str(stopped)], capsys)
-    assert f"{newest} is damaged" in error and f"delete {newest} to resume from step {int(older.stem[5:])}" in error
+    step = int(older.stem[5:])
+    newest.with_suffix(".pt").write_bytes(b"damaged")
+    assert f"delete {newest} to resume from step {step}" in refused(track, ["--resume", str(stopped)], capsys)
     newest.unlink()
     assert track.main(["--resume", str(stopped)]) == 0
-    assert f"resumed at step {int(older.stem[5:])}/11" in (stopped / "log.txt").read_text()
+    assert f"resumed at step {step}/11" in (stopped / "log.txt").read_text()
 
 
 def test_killed_before_the_first_checkpoint(track, small, folder):

@@ -7,11 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from judging import Case, HonestRuns, in_this_process, judge
+from conftest import parse
+from judging import (
+    Case,
+    HonestRuns,
+    in_this_process,
+    judge,
+    known_instruments,  # noqa: F401
+    list_instruments,
+)
 
 import two_hour.train as two_hour
 from records import referee, submit
-from train import write_json
+from slowrun.folder import PACKAGE, instrument_sha256, write_json
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +43,9 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+CODE = {"code/train.py", *(f"code/slowrun/{path.name}" for path in PACKAGE.glob("*.py"))}
+
+
 def test_a_record_folder(honest, records, tmp_path, capsys):
     (tmp_path / "text.md").write_text("What is *new*.")
     runs = [honest("two_hour", seed) for seed in (43, 42)]
@@ -43,7 +54,7 @@ def test_a_record_folder(honest, records, tmp_path, capsys):
     folder = records / "two_hour" / "01-a-trial-of-it"
     of_run = {"config.json", "result.json", "metrics.jsonl", "log.txt", "curve.png"}
     expected = {f"seed-{seed}/{name}" for seed in (42, 43) for name in of_run}
-    assert files(folder) == expected | {"README.md", "code/train.py"}
+    assert files(folder) == expected | {"README.md"} | CODE
     assert (folder / "seed-43" / "log.txt").read_bytes() == (runs[0] / "log.txt").read_bytes()
     results = [json.loads((run / "result.json").read_text()) for run in runs[::-1]]
     text = (folder / "README.md").read_text()
@@ -52,7 +63,7 @@ def test_a_record_folder(honest, records, tmp_path, capsys):
         assert f"| {result['seed']} | {result['val_loss']:.4f} | {result['best_val_loss']:.4f} | " in text
         assert result["run_id"] in text and f"torch {result['torch']}" in text
     command = re.search(r"code/train.py (.+)", text)[1]
-    given = two_hour.Config(**two_hour.parse_arguments(shlex.split(command))[0])
+    given = two_hour.Config(**parse(two_hour, shlex.split(command)))
     config = json.loads((runs[1] / "config.json").read_text())["config"]
     assert all(getattr(given, name) == value for name, value in config.items() if name not in referee.OF_A_RUN)
     (entry,) = json.loads((records / "two_hour" / "records.json").read_text())["records"]
@@ -91,6 +102,21 @@ def test_the_next_one_is_numbered_on_and_has_to_be_better(honest, records, tmp_p
     assert found.fails.keys() == {"significance"}
 
 
+def test_a_record_made_with_an_earlier_instrument(honest, records, tmp_path, capsys):
+    """Its folder keeps it; one that no version of this repository had is refused, and nothing is left."""
+    run = Case(shutil.copytree(honest("two_hour"), tmp_path / "run"))
+    run.replace(r"\Z", "# a remark\n", "code/slowrun/clock.py")
+    run.sign_instrument()
+    assert make(records, run.path) == 1
+    assert "FAIL  instrument" in capsys.readouterr().out and not records.exists()
+    list_instruments(instrument_sha256(run.path / "code" / "slowrun"), instrument_sha256())
+    assert make(records, run.path) == 0
+    folder = records / "two_hour" / "01-a-trial-of-it"
+    assert (folder / "code" / "slowrun" / "clock.py").read_text().endswith("# a remark\n")
+    found = judge(capsys, folder)
+    assert found.fails == {} and "change 1" in found.texts("PASS")["instrument"]
+
+
 def test_an_ensemble(honest, records, capsys):
     """The metrics of its chains are packed."""
     assert make(records, honest("unlimited")) == 0
@@ -98,13 +124,13 @@ def test_an_ensemble(honest, records, capsys):
     chain = {"ledger.json", "metrics.jsonl.gz", "log.txt", "curve.png"}
     expected = {f"seed-42/chains/chain_0{i}/{name}" for i in (0, 1) for name in chain}
     of_run = {"config.json", "result.json", "metrics.jsonl", "log.txt", "curve.png"}
-    assert files(folder) == expected | {f"seed-42/{name}" for name in of_run} | {"README.md", "code/train.py"}
+    assert files(folder) == expected | {f"seed-42/{name}" for name in of_run} | {"README.md"} | CODE
     assert judge(capsys, folder).fails == {}
 
 
 def test_a_large_folder_is_made_smaller(honest, records, monkeypatch, capsys):
     run = honest("two_hour")
-    size = sum((run / name).stat().st_size for name in ("code/train.py", "config.json", "result.json", "log.txt"))
+    size = sum((run / name).stat().st_size for name in (*CODE, "config.json", "result.json", "log.txt"))
     size += (run / "metrics.jsonl").stat().st_size
     monkeypatch.setattr(referee, "SUBMITTED_MB", size / 1e6)  # the README is too much
     assert make(records, run) == 0

@@ -1,307 +1,280 @@
-"""The two-hour track of NanoGPT Slowrun: the lowest validation loss from 100M tokens of FineWeb in two hours on 8xH100.
+"""The two-hour track of NanoGPT Slowrun: the lowest validation loss from 100M tokens of FineWeb in 2 hours on 8xH100.
 
     python prepare_data.py                                      # once: writes fineweb_data/
-    torchrun --standalone --nproc_per_node=8 two_hour/train.py  # the current record. Published: 3.139 in 117.6 minutes
+    torchrun --standalone --nproc_per_node=8 two_hour/train.py  # the current record; published: 3.139 in 117.6 minutes
+    python two_hour/train.py --resume runs/<name>               # continue a run that was stopped or killed
     python two_hour/train.py --list-records                     # the records before it; --record N trains one
-    python two_hour/train.py --demo                             # toy size; before it, prepare_data.py --source demo
+    python two_hour/train.py --demo                             # toy sizes, on a CPU (prepare_data.py --source demo)
 
-1, 2, 4 or 8 processes compute the same thing: a batch is that of 8 virtual ranks, which the processes share. Every
-field of Config is a flag: see --help. A run writes runs/<name>/, and one that was stopped or killed goes on with
---resume runs/<name>. What the root's train.py and model.py have too is marked as copied.
+This file is the whole experiment, in reading order: Config, Model, Optimizer, Schedules, Data order, Training step,
+Readout, main. It is the limited track's model, trained for twice as long: with attention windows that grow, and rotary
+frequencies that follow them. What no record may change (the score, the clock, the run folder) and the plumbing that no
+record wants to read (processes, flags, checkpoints, communication) are in slowrun/.
+
+A batch always belongs to 8 virtual ranks, and a process plays 8 / world_size of them, so 1, 2, 4 and 8 processes
+compute the same run.
+
+Notation in shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H, L = n_layer, V = vocab_size.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import re
-import shlex
-import shutil
-import signal
-import statistics
 import sys
-import time
-from collections import deque
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / "slowrun").is_dir())))
 
-from slowrun import rules
-from slowrun.clock import Clock
-from slowrun.config import RESUME_MAY_CHANGE, RunConfig, parse_flags, require_at_least
-from slowrun.data import (
-    Loader,
-    Split,
-    load_splits,
-    sha256_file,
-    shuffled_documents,
-    shuffled_micro_steps,
-    token_bytes,
+from slowrun.config import RunConfig, require_at_least
+from slowrun.data import Loader, Split, shuffled_documents, shuffled_micro_steps
+from slowrun.kernels import (
+    CHUNK,
+    HeadLoss,
+    Kernel,
+    attend,
+    attention_error,
+    capped_cross_entropy,
+    check_kernels,
+    choose_attention,
+    dropout,
+    soft_cap,
 )
-from slowrun.folder import (
-    RunFolder,
-    code_sha256,
-    instrument_sha256,
-    read_config,
-    try_to_write_json,
-    write_atomically,
-    write_json,
-)
-from slowrun.machine import (
-    GIB,
-    compute_dtype,
-    device_name,
-    disk_space,
-    has_bfloat16,
-    peak_flops,
-    peak_memory,
-    total_memory,
-)
-from slowrun.scoring import EvalSet, Score, data_efficiency, mix_probabilities
-from slowrun.session import (
-    NonFiniteLoss,
-    begin,
-    check_same_data,
-    duration,
-    exit_code,
-    launch,
-    reopen,
-    resume_command,
-)
-from slowrun.world import VIRTUAL_RANKS, World, join, seed_of
-
-TRACK = "two_hour"
-Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
-
-
-def require(ok: bool, message: str) -> None:
-    """For what a user can get wrong."""
-    if not ok:
-        raise ValueError(message)
-
+from slowrun.machine import compute_dtype
+from slowrun.plan import Sizes, Stage, StepPlan, stages_of
+from slowrun.scoring import mix_probabilities
+from slowrun.session import Session, finished_run, launch, load_weights
+from slowrun.sharded import Bucket, Shards
+from slowrun.weights import ComputeWeights, compute_weights
+from slowrun.world import VIRTUAL_RANKS, World, seed_of
 
 # ======================================================================================================================
 # Config
 # ======================================================================================================================
 
 
-class WindowStage(NamedTuple):
-    """Epochs, counted from 1, the last one included, and how many positions back their attention layers see."""
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """The experiment. The defaults are the current record, and every field is a flag: n_layer is --n-layer."""
 
-    first_epoch: int
-    last_epoch: int
-    short: int
-    long: int
+    # Model
+    vocab_size: int = 50257  # token ids in the data, V
+    sequence_len: int = 2048  # tokens per sequence, T
+    n_layer: int = 30  # transformer blocks, L; even, because the U-Net pairs them
+    n_head: int = 14  # attention heads, H
+    n_embd: int = 1792  # width of the residual stream, C
+    window_pattern: str = "SSSL"  # attention window by layer, repeated: S is short, L long; the last layer is always L
+    window_schedule: str = "1-6:256,768;7-13:768,1792;14-22:1280,2048"  # stages, FIRST_EPOCH-LAST_EPOCH:SHORT,LONG
+    logit_cap: float = 10.0  # logits are soft-capped to cap * tanh(logits / cap)
+    dropout: float = 0.1  # dropout probability on the outputs of attention and MLP
+    stochastic_depth: float = 0.05  # probability of dropping the last layer; linear in the layer, 0 for the first
+    replay_start: int = 15  # first layer that is replayed; in the second half of the layers
+    replay_end: int = 21  # one past the last layer that is replayed
+    replay_loops: int = 2  # how often these layers run again, in training and in the readout
+    replay_from_epoch: int = 14  # first epoch with layer replay; 0 for never
+    mtp_weight: float = 0.3  # weight of the loss on the token after next; 0 for no such loss, and no block for it
 
+    # Batch and length
+    num_epochs: int = 22  # passes over the training data
+    batch_tokens: int = 524288  # tokens per optimizer step
+    micro_batch: int = 4  # sequences per micro-step of one virtual rank
+    device_batch: int = 0  # sequences per forward pass; fewer save memory, same mathematics; 0 for micro_batch
+    time_cap_min: float = 120.0  # minutes of training time; 0 lifts the cap, and the run is not eligible
+    seed: int = 42  # seed of initial weights, dropout and stochastic depth; the order of the data does not depend on it
 
-@cache
-def parse_window_schedule(text: str, sequence_len: int) -> tuple[WindowStage, ...]:
-    """The stages of a window schedule such as "1-6:256,768;7-22:768,1792"; ValueError names one that does not fit."""
-    stages: list[WindowStage] = []
-    for part in text.split(";"):
-        name, before = f"stage {len(stages) + 1} of the window schedule, {part!r},", stages[-1] if stages else None
-        match = re.fullmatch(r" *(\d+)-(\d+): *(\d+), *(\d+) *", part)
-        require(match is not None, f"{name} is not of the form FIRST-LAST:SHORT,LONG, such as 1-6:256,768")
-        stage = WindowStage(*map(int, match.groups()))
-        due, longest = (before.last_epoch + 1, before.long) if before else (1, 0)
-        require(stage.first_epoch == due, f"{name} begins with epoch {stage.first_epoch}: it must begin with {due}")
-        require(stage.first_epoch <= stage.last_epoch, f"{name} ends before it begins")
-        fits = 1 <= stage.short <= stage.long <= sequence_len
-        require(fits, f"{name} has other windows than 1 <= short <= long <= sequence_len {sequence_len}")
-        require(stage.long >= longest, f"{name} has a shorter long window than the one before it, {longest}")
-        stages.append(stage)
-    return tuple(stages)
+    # Optimizer
+    lr_multiplier: float = 0.25  # factor on all the learning rates below but mix_lr
+    matrix_lr: float = 0.04  # Muon, all matrices not named below
+    embedding_lr: float = 0.15  # AdamW, wte
+    head_lr: float = 0.002  # AdamW, lm_head
+    scalar_lr: float = 0.1  # AdamW, x0_lambdas; resid_lambdas and skip_weights get 1% of it
+    mix_lr: float = 0.02  # AdamW, q_mix, k_mix and v_mix
+    weight_decay: float = 1.3  # initial weight decay of matrices, wte and lm_head
+    meta_gradient: bool = False  # the limited track's, for --dropout 0.05 --stochastic-depth 0; not part of the record
+    meta_step: float = 0.5  # length of the meta-gradient's step, over all the matrices it moves, before the warmdown
 
+    # Schedules
+    warmdown: float = 0.2  # fraction of the steps over which the learning rate falls to 0 at the end
+    swa_epochs: int = 8  # last epochs, each with one cycle of learning rate and weight decay; 0 for none
 
-@dataclass(frozen=True)
-class GPTConfig:
-    """What the model is. The defaults are the current record of the two-hour track, 1.4B parameters."""
+    # Readout
+    readout_epochs: int = 11  # last epochs whose predictions are averaged, with weights 1:2:3...
 
-    vocab_size: int = 50257  # token ids of the data; the tables have this rounded up to a multiple of 64
-    sequence_len: int = 2048  # tokens in a training or validation sequence
-    n_layer: int = 30  # transformer blocks; even if there is a U-Net, which pairs them
-    n_head: int = 14  # attention heads
-    n_embd: int = 1792  # width of the residual stream
-    window_pattern: str = "SSSL"  # attention windows by layer, repeated: S short, L long; the last layer's is always L
-    window_schedule: str = "1-6:256,768;7-13:768,1792;14-22:1280,2048"  # stages FIRST-LAST:SHORT,LONG, in epochs
-    logit_cap: float = 10.0  # soft cap of the logits, cap * tanh(logits / cap)
-    mtp_weight: float = 0.3  # weight of the loss on the token after next (0: no such block)
-    dropout: float = 0.1  # on the outputs of attention and MLP
-    stochastic_depth: float = 0.05  # probability that the last layer is dropped; linear in the layer, 0 at the first
-    replay_start: int = 15  # first layer that layer replay repeats; in the decoder, the second half of the layers
-    replay_end: int = 21  # one past the last layer that layer replay repeats
-    replay_loops: int = 2  # how often layer replay repeats them
-    mlp: Literal["swiglu", "relu2"] = "swiglu"  # relu2: squared ReLU, of width 4C
-    value_embedding: Literal["projection", "table"] = "projection"  # table: looked up by token
-    u_net: bool = True  # skips from the first half of the layers to the second
-    head_gates: bool = True  # a gate on the output of each attention head
+    # Kernels
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
+
+    # Switches of earlier records
     head_mixes: bool = True  # interleaved head attention
-    exclusive: bool = False  # exclusive self-attention
-    proj_init: Literal["normal", "zero"] = "normal"  # how every c_proj starts
+    row_norm: bool = True  # normalize the rows of Muon's updates before they are orthogonalized
+    decay_schedule: bool = True  # let the weight decay fall and rise; else it is constant
+    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # how the learning rate falls
+    shuffle: Literal["documents", "micro_steps"] = "documents"  # what each epoch puts into another order
 
     def __post_init__(self):
-        check_model(self)
-        parse_window_schedule(self.window_schedule, self.sequence_len)
+        super().__post_init__()
+        check_config(self)
 
     @property
     def padded_vocab(self) -> int:
-        return -(-self.vocab_size // 64) * 64
+        """V rounded up to a multiple of 64, which matrix products prefer."""
+        return math.ceil(self.vocab_size / 64) * 64
 
     @property
     def hidden(self) -> int:
-        """Width of the MLP: 4C, or for SwiGLU, which has a matrix more, 8/3 C rounded up to a multiple of 256."""
-        return 4 * self.n_embd if self.mlp == "relu2" else -(-(8 * self.n_embd // 3) // 256) * 256
+        """Width of the MLP: 8/3 C, rounded up to a multiple of 256."""
+        return math.ceil((8 * self.n_embd // 3) / 256) * 256
 
     @property
-    def window_stages(self) -> tuple[WindowStage, ...]:
-        return parse_window_schedule(self.window_schedule, self.sequence_len)
-
-    @property
-    def mlp_elements(self) -> int:
-        """Elements of the MLP's matrices."""
-        return (2 if self.mlp == "relu2" else 3) * self.n_embd * self.hidden
-
-    def window(self, i: int, windows: tuple[int, int]) -> int:
-        """How many positions back layer i attends, besides its own; windows: the short and the long one of a stage."""
-        short = self.window_pattern[i % len(self.window_pattern)] == "S" and i < self.n_layer - 1
-        return windows[0] if short else windows[1]
-
-    def yarn(self, long: int) -> tuple[np.ndarray, float]:
-        """Rotary frequencies and softmax scale in the stages with this long window; see yarn."""
-        longs = (stage.long for stage in self.window_stages if stage.long <= long)
-        return yarn(self.n_embd // self.n_head, tuple(longs))
-
-    def has_value_embedding(self, i: int) -> bool:
-        return i % 2 == (self.n_layer - 1) % 2
-
-    def layer_order(self, replay: bool) -> list[int]:
-        """Layers in the order in which they run, replayed ones repeated."""
-        replayed = list(range(self.replay_start, self.replay_end)) * (self.replay_loops if replay else 0)
-        return [*range(self.replay_end), *replayed, *range(self.replay_end, self.n_layer)]
-
-
-def check_model(c: GPTConfig) -> None:
-    """Refuse sizes that do not go together (ValueError)."""
-    sizes = {name: getattr(c, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    require(min(sizes.values()) > 0 and c.replay_loops >= 0, f"sizes must be positive: {sizes}")
-    require(c.sequence_len >= 4, f"sequence_len {c.sequence_len} is too short: at least 4 are needed")
-    require(
-        c.n_embd % (2 * c.n_head) == 0,
-        f"n_embd {c.n_embd} / n_head {c.n_head} = {c.n_embd / c.n_head:g}: a head needs an even number "
-        "of dimensions, change --n-embd or --n-head",
-    )
-    require(c.n_embd >= 32, f"n_embd {c.n_embd} is too small: gates read the first 32 dimensions")
-    paired = c.n_layer % 2 == 0 or not c.u_net
-    require(paired, f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer, or give --no-u-net")
-    letters = set(c.window_pattern)
-    require(letters and letters <= set("SL"), f"window_pattern {c.window_pattern!r} must be of letters S and L")
-    require(
-        c.n_layer // 2 <= c.replay_start < c.replay_end <= c.n_layer,
-        f"replay range [{c.replay_start}, {c.replay_end}) is not inside the decoder, layers "
-        f"{c.n_layer // 2} to {c.n_layer - 1}: change --replay-start and --replay-end",
-    )
-    for name in ("dropout", "stochastic_depth"):
-        require(0 <= getattr(c, name) < 1, f"{name} {getattr(c, name)} is not in [0, 1)")
-    require(c.logit_cap > 0 and c.mtp_weight >= 0, "logit_cap must be positive, mtp_weight not negative")
-
-
-@dataclass(frozen=True)
-class Config(GPTConfig, RunConfig):
-    """How the model is trained. The defaults, with those of GPTConfig, are the current record."""
-
-    num_epochs: int = 22  # passes over the training data
-    batch_tokens: int = 524288  # tokens of an optimizer step
-    micro_batch: int = 4  # sequences of a micro-step of one of the 8 virtual ranks
-    device_batch: int = 0  # sequences of a forward pass: fewer save memory, same mathematics (0: micro_batch)
-    seed: int = 42  # seed of the initial weights, dropout and stochastic depth; the data order has none
-    time_cap_min: float = 120.0  # minutes of training time (0: no cap, and the run is not eligible)
-    lr_multiplier: float = 0.25  # factor on all learning rates below but mix_lr
-    matrix_lr: float = 0.04  # Muon: all matrices but the tables
-    embedding_lr: float = 0.15  # AdamW: wte and tables of value embeddings
-    head_lr: float = 0.002  # AdamW: lm_head
-    scalar_lr: float = 0.1  # AdamW: x0_lambdas; times 0.01, resid_lambdas and skip_weights
-    mix_lr: float = 0.02  # AdamW: q_mix, k_mix, v_mix
-    weight_decay: float = 1.3  # of matrices and tables, before its schedule
-    row_norm: bool = True  # MuonEq-R: Muon gives the rows of a step the same norm before it is made orthogonal
-    decay_schedule: bool = True  # weight decay falls, and rises in each cycle; else it is constant
-    warmdown: float = 0.2  # part of the steps, at the end, over which the learning rate falls
-    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # how it falls, before the cycles
-    swa_epochs: int = 8  # last epochs, with a cyclic learning rate (0: none)
-    readout: Literal["average", "last", "ema"] = "average"  # of epochs; last weights; 0.7 of them, 0.3 of their EMA
-    readout_epochs: int = 11  # last epochs, whose final weights the average mixes in probability with weights 1:2:3...
-    replay_from_epoch: int = 14  # first epoch with layer replay (0: never)
-    meta_gradient: bool = False  # that of the limited track, with --dropout 0.05 --stochastic-depth 0 beside it
-    meta_step: float = 0.5  # length of that move, before the warmdown
-    shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what is put in another order each epoch
-    attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
-
-    def __post_init__(self):
-        GPTConfig.__post_init__(self)
-        RunConfig.__post_init__(self)
-        check_config(self)
-        last = self.window_stages[-1].last_epoch
-        ends = f"the window schedule ends with epoch {last}, training with epoch {self.num_epochs}"
-        require(last >= self.num_epochs, f"{ends}: extend --window-schedule, or lower --num-epochs")
-        require(self.replay_from_epoch >= 0, f"--replay-from-epoch is {self.replay_from_epoch}: at least 0 (never)")
+    def micro_step_tokens(self) -> int:
+        """Tokens of one micro-step on all virtual ranks."""
+        return VIRTUAL_RANKS * self.micro_batch * self.sequence_len
 
     @property
     def micro_steps(self) -> int:
-        """Micro-steps of a virtual rank in an optimizer step."""
-        return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
+        """Micro-steps per optimizer step."""
+        return self.batch_tokens // self.micro_step_tokens
 
     @property
-    def halves_batches(self) -> bool:
-        """Whether the meta-gradient halves the sequences of a micro-step, as there is only one."""
-        return self.meta_gradient and self.micro_steps == 1
+    def piece(self) -> int:
+        """Sequences that a virtual rank takes at a time: a micro-step, or half if the meta-gradient has only one."""
+        return self.micro_batch // 2 if self.meta_gradient and self.micro_steps == 1 else self.micro_batch
 
     @property
-    def kept_epochs(self) -> int:
-        """Last epochs whose final weights the readout needs; a moving average needs those of the last step alone."""
-        return {"average": self.readout_epochs, "last": 1, "ema": 0}[self.readout]
-
-    @property
-    def device_rows(self) -> int:
+    def pass_sequences(self) -> int:
         """Sequences of a forward pass in training."""
-        rows = self.micro_batch // (1 + self.halves_batches)
-        return min(self.device_batch or rows, rows)
+        return min(self.device_batch or self.piece, self.piece)
+
+    @property
+    def window_stages(self) -> list[WindowStage]:
+        """The stages of window_schedule."""
+        return parse_window_schedule(self.window_schedule, self.sequence_len)
+
+    def window(self, layer: int, windows: tuple[int, int]) -> int:
+        """How many earlier positions a layer attends to, at most. windows: the short and the long one of a stage."""
+        short, long = windows
+        if layer == self.n_layer:  # the block of multi-token prediction
+            return self.sequence_len
+        is_last = layer == self.n_layer - 1
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return long if is_last or letter == "L" else short
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second layer has one, counted from the last."""
+        return layer % 2 == (self.n_layer - 1) % 2
+
+    def layer_order(self, replay: bool) -> list[int]:
+        """The layers in the order in which they run; replayed ones several times."""
+        loops = self.replay_loops if replay else 0
+        replayed = loops * list(range(self.replay_start, self.replay_end))
+        return [*range(self.replay_end), *replayed, *range(self.replay_end, self.n_layer)]
+
+
+@dataclass(frozen=True)
+class WindowStage:
+    """Epochs with the same attention windows."""
+
+    first_epoch: int  # counted from 1
+    last_epoch: int
+    windows: tuple[int, int]  # short and long: how many earlier positions layers attend to
+
+
+def parse_window_schedule(text: str, sequence_len: int) -> list[WindowStage]:
+    """The stages of a window schedule such as "1-6:256,768;7-22:768,1792".
+
+    They begin with epoch 1 and leave none out, and the long window never shrinks; else a ValueError names the stage.
+    """
+    stages: list[WindowStage] = []
+    for part in text.split(";"):
+        name = f"stage {len(stages) + 1} of the window schedule, {part!r},"
+        match = re.fullmatch(r" *(\d+)-(\d+): *(\d+), *(\d+) *", part)
+        if not match:
+            raise ValueError(f"{name} is not of the form FIRST-LAST:SHORT,LONG, such as 1-6:256,768")
+        first, last, short, long = map(int, match.groups())
+        expected_first = stages[-1].last_epoch + 1 if stages else 1
+        longest = stages[-1].windows[1] if stages else 1
+        if first != expected_first:
+            raise ValueError(f"{name} begins with epoch {first}: it must begin with {expected_first}")
+        if last < first:
+            raise ValueError(f"{name} ends before it begins")
+        if not 1 <= short <= long <= sequence_len:
+            raise ValueError(f"{name} does not have 1 <= short <= long <= sequence_len {sequence_len}")
+        if long < longest:
+            raise ValueError(f"{name} has a shorter long window than the one before it, {longest}")
+        stages.append(WindowStage(first, last, (short, long)))
+    return stages
 
 
 def check_config(c: Config) -> None:
-    """Refuse settings that do not go together (ValueError); those that the tracks share."""
-    for name in ("num_epochs", "batch_tokens", "micro_batch", "readout_epochs"):
+    """Refuse settings that do not go together (ValueError)."""
+    for name in ("vocab_size", "n_layer", "n_head", "num_epochs", "batch_tokens", "micro_batch", "readout_epochs"):
         require_at_least(c, name, 1)
-    for name in ("device_batch", "swa_epochs", "meta_step"):
+    for name in ("replay_loops", "device_batch", "swa_epochs", "meta_step", "replay_from_epoch", "mtp_weight"):
         require_at_least(c, name, 0)
-    group = VIRTUAL_RANKS * c.micro_batch * c.sequence_len
-    require(
-        c.batch_tokens % group == 0,
-        f"batch_tokens {c.batch_tokens} is not a multiple of {VIRTUAL_RANKS} virtual ranks x micro_batch "
-        f"{c.micro_batch} x sequence_len {c.sequence_len} = {group}: change --batch-tokens",
-    )
-    require(
-        not c.meta_gradient or (c.micro_batch if c.micro_steps == 1 else c.micro_steps) % 2 == 0,
-        f"the meta-gradient cannot halve {c.micro_steps} micro-step(s) of {c.micro_batch} sequences: make "
-        "them even with --batch-tokens or --micro-batch, or give --no-meta-gradient",
-    )
-    rows, of = (c.micro_batch // 2, "half of micro_batch") if c.halves_batches else (c.micro_batch, "micro_batch")
-    fits = rows % c.device_rows == 0  # all passes have one shape
-    require(fits, f"device_batch {c.device_batch} does not divide {of}, {rows}: change --device-batch")
-    parts = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.kept_epochs}
-    over = [f"{flag} {value}" for flag, value in parts.items() if value > c.num_epochs]
-    require(not over, f"{' and '.join(over)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
-    require(0 <= c.warmdown <= 1, f"warmdown {c.warmdown} is not in [0, 1]")
+    require_at_least(c, "sequence_len", 4)
+    require_at_least(c, "n_embd", 32)  # gates read the first 32 channels
+    if c.n_embd % (2 * c.n_head):
+        raise ValueError(f"n_embd {c.n_embd} is not a multiple of 2 * n_head = {2 * c.n_head}: change --n-embd")
+    if c.n_layer % 2:
+        raise ValueError(f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer")
+    if not c.window_pattern or set(c.window_pattern) - set("SL"):
+        raise ValueError(f"window_pattern {c.window_pattern!r} must consist of the letters S and L")
+    if not c.n_layer // 2 <= c.replay_start < c.replay_end <= c.n_layer:
+        raise ValueError(
+            f"replay_start {c.replay_start} and replay_end {c.replay_end} do not span layers of the second half, "
+            f"{c.n_layer // 2} ... {c.n_layer - 1}: change --replay-start and --replay-end"
+        )
+    for name in ("dropout", "stochastic_depth"):
+        if not 0 <= getattr(c, name) < 1:
+            raise ValueError(f"{name} {getattr(c, name)} is not in [0, 1)")
+    if not c.logit_cap > 0:
+        raise ValueError(f"logit_cap {c.logit_cap} must be positive")
+    if not 0 <= c.warmdown <= 1:
+        raise ValueError(f"warmdown {c.warmdown} is not in [0, 1]")
+    check_batch(c)
+    check_epochs(c)
+
+
+def check_batch(c: Config) -> None:
+    """Refuse a batch that does not divide into micro-steps, halves and passes (ValueError)."""
+    if c.batch_tokens % c.micro_step_tokens:
+        raise ValueError(
+            f"batch_tokens {c.batch_tokens} is not a multiple of {VIRTUAL_RANKS} virtual ranks x micro_batch "
+            f"{c.micro_batch} x sequence_len {c.sequence_len} = {c.micro_step_tokens}: change --batch-tokens"
+        )
+    if c.meta_gradient and (c.micro_batch if c.micro_steps == 1 else c.micro_steps) % 2:
+        raise ValueError(
+            f"the meta-gradient cannot halve {c.micro_steps} micro-step(s) of {c.micro_batch} sequences: "
+            "change --batch-tokens or --micro-batch, or give --no-meta-gradient"
+        )
+    if c.piece % c.pass_sequences:  # all passes have one shape
+        raise ValueError(
+            f"device_batch {c.device_batch} does not divide the {c.piece} sequences that a virtual rank takes at a "
+            "time: change --device-batch"
+        )
+
+
+def check_epochs(c: Config) -> None:
+    """Refuse schedules that do not fit the number of epochs (ValueError)."""
+    too_many = {"--swa-epochs": c.swa_epochs, "--readout-epochs": c.readout_epochs}
+    too_many = [f"{flag} {epochs}" for flag, epochs in too_many.items() if epochs > c.num_epochs]
+    if too_many:
+        raise ValueError(f"{' and '.join(too_many)} exceed --num-epochs {c.num_epochs}: lower them, or train longer")
+    last = c.window_stages[-1].last_epoch
+    if last < c.num_epochs:
+        raise ValueError(
+            f"the window schedule ends with epoch {last}, training with epoch {c.num_epochs}: extend "
+            "--window-schedule, or lower --num-epochs"
+        )
 
 
 DEMO = {  # --demo: every technique, at a size that two CPU cores train in about two minutes
@@ -314,68 +287,117 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in about
 
 
 def record_sizes(settings: dict) -> dict:
-    """DEMO's values beside a record's settings: its sizes. What is off there stays off."""
-    windows = DEMO["window_schedule"] if ";" in settings.get("window_schedule", ";") else "1-6:64,128"
-    return DEMO | {"window_schedule": windows}
+    """Toy sizes for a record: the demo's, with a single stage if the record's windows never change."""
+    has_stages = "window_schedule" not in settings or ";" in settings["window_schedule"]
+    return DEMO if has_stages else DEMO | {"window_schedule": "1-6:64,128"}
 
 
 # ======================================================================================================================
-# Model: the forward pass, as functions of compute weights
+# Model
 # ======================================================================================================================
 
+# There are two sets of weights. The optimizer updates the masters, which are float32 and have the benchmark's names
+# (transformer.h.3.attn.c_q.weight). The modules below hold the compute weights, which are bfloat16 on a GPU: head
+# mixing is applied to them already, and q, k, v and gate, up are stacked into one matrix each.
 
-# Modules only own parameters, the float32 "masters". The forward pass is a chain of plain functions that read compute
-# weights: the masters after all that depends on weights alone, which is mixing the heads, stacking q, k and v (gate and
-# up) into one matrix, and rounding to bfloat16. Training makes them once per gradient (ComputeWeights), not per pass.
-#
-# Notation: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
+
+def init_masters(config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The initial masters by name, drawn from torch's default generator.
+
+    The embedding table is stored in the compute dtype, all others in float32 or wider.
+    """
+    L, H, C, hidden, padded_vocab = config.n_layer, config.n_head, config.n_embd, config.hidden, config.padded_vocab
+    wide = torch.promote_types(dtype, torch.float32)
+    bound = math.sqrt(3 / C)  # of a uniform distribution with standard deviation 1 / sqrt(C)
+
+    def constant(value: float, *shape: int) -> Tensor:
+        return torch.full(shape, value, dtype=wide, device=device)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=wide, device=device).uniform_(-bound, bound)
+
+    def normal(std: float, *shape: int, dtype: torch.dtype = wide) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=std)
+
+    def block(name: str, layer: int) -> dict[str, Tensor]:
+        masters = {}
+        if config.head_mixes:
+            masters[f"{name}.attn.q_mix"] = torch.eye(H, dtype=wide, device=device)
+            masters[f"{name}.attn.k_mix"] = torch.eye(H, dtype=wide, device=device)
+            masters[f"{name}.attn.v_mix"] = torch.eye(H, dtype=wide, device=device)
+        masters[f"{name}.attn.c_q.weight"] = uniform(C, C)
+        masters[f"{name}.attn.c_k.weight"] = uniform(C, C)
+        masters[f"{name}.attn.c_v.weight"] = uniform(C, C)
+        masters[f"{name}.attn.c_proj.weight"] = normal(1 / math.sqrt(C), C, C)
+        masters[f"{name}.attn.attn_gate.weight"] = constant(0.0, H, 12)
+        if config.has_value_embedding(layer):
+            masters[f"{name}.attn.ve_gate.weight"] = constant(0.0, H, 32)
+        masters[f"{name}.mlp.c_gate.weight"] = uniform(hidden, C)
+        masters[f"{name}.mlp.c_fc.weight"] = uniform(hidden, C)
+        masters[f"{name}.mlp.c_proj.weight"] = normal(1 / math.sqrt(C), C, hidden)
+        return masters
+
+    masters = {"resid_lambdas": constant(1.0, L), "x0_lambdas": constant(0.1, L), "skip_weights": constant(1.0, L // 2)}
+    masters["transformer.wte.weight"] = normal(1.0, padded_vocab, C, dtype=dtype)
+    for i in range(L):
+        masters |= block(f"transformer.h.{i}", layer=i)
+    masters["lm_head.weight"] = normal(0.001, padded_vocab, C)
+    for i in range(L):
+        if config.has_value_embedding(i):
+            masters[f"ve_projs.{i}.weight"] = uniform(C, C)
+    if config.mtp_weight:
+        masters["mtp_proj.weight"] = uniform(C, 2 * C)
+        masters |= block("mtp_block", layer=L)
+    return masters
+
+
+def mix_heads(weight: Tensor, mix: Tensor) -> Tensor:
+    """Interleaved head attention (arXiv 2602.21371): head h becomes sum_m mix[h, m] * head m.
+
+    weight (C, C), of which head m has rows m * D ... (m + 1) * D - 1; mix (H, H) -> (C, C).
+    """
+    heads = weight.view(mix.size(1), -1)  # (H, D * C)
+    return (mix @ heads).view_as(weight)
+
+
+def block_weights(masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a block by name, made from its masters; differentiable."""
+    weights = dict(masters)
+    qkv = []
+    for name in ("q", "k", "v"):
+        weight = weights.pop(f"attn.c_{name}.weight")
+        mix = weights.pop(f"attn.{name}_mix", None)
+        qkv.append(weight if mix is None else mix_heads(weight, mix))
+    weights["attn.qkv.weight"] = torch.cat(qkv)
+    gate_up = [weights.pop(f"mlp.{name}.weight") for name in ("c_gate", "c_fc")]
+    weights["mlp.gate_up.weight"] = torch.cat(gate_up)
+    return weights
+
+
+def block_names(config: Config) -> list[str]:
+    """The prefixes of the blocks' names: what block_weights is for."""
+    blocks = [f"transformer.h.{i}." for i in range(config.n_layer)]
+    return [*blocks, "mtp_block."] if config.mtp_weight else blocks
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without learned gain (arXiv 1910.07467)."""
+    """RMSNorm over the last dimension, without a learned gain (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-_DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"  # each module needs its own name
+def yarn(head_dim: int, long_windows: Sequence[int]) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv 2309.00071): rotary frequencies (D / 2,) in radians per position, and the scale of the logits.
 
-
-@torch.library.custom_op(_DROPOUT, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    return torch.native_dropout(x, p, True)
-
-
-@_dropout.register_fake
-def _dropout_fake(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-
-
-def _dropout_setup(ctx, inputs, output) -> None:
-    ctx.p = inputs[1]
-    ctx.save_for_backward(output[1])
-
-
-@partial(_dropout.register_autograd, setup_context=_dropout_setup)
-def _dropout_backward(ctx, grad, _):
-    return grad * ctx.saved_tensors[0] * (1 / (1 - ctx.p)), None
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout (arXiv 1207.0580); the identity for p = 0.
-
-    An operator of its own: compiled graphs then call ATen's kernel and draw the same numbers as the uncompiled model.
-    Inductor's replacement can corrupt masks in torch 2.13 (pytorch issue 198333).
+    long_windows: those of all stages up to the one in question. Whenever the long window grows, pairs of channels that
+    turn less than once within the old window are slowed down, so that they turn no further within the new one. Those
+    that turn more than 32 times keep their frequency; in between the change is linear in the number of turns. The scale
+    is 1 / sqrt(D) at first, and is raised.
     """
-    return _dropout(x, p)[0] if p else x
-
-
-@cache
-def yarn(head_dim: int, long_windows: tuple[int, ...]) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv 2309.00071), each time that the long window grows -> rotary frequencies (D / 2,), softmax scale.
-
-    long_windows: of all stages up to the one in question. What turns less than once in the window before is slowed down
-    as the window grows, so that it turns no further; what turns more than 32 times stays; between them it is linear.
-    """
-    frequencies, scale = 10000.0 ** -(np.arange(0, head_dim, 2) / head_dim), 1 / math.sqrt(head_dim)
+    frequencies = 10000.0 ** -(np.arange(0, head_dim, 2) / head_dim)
+    scale = 1 / math.sqrt(head_dim)
     for before, after in pairwise(long_windows):
         rotations = before * frequencies / (2 * math.pi)
         kept = np.clip((rotations - 1) / (32 - 1), 0, 1)
@@ -384,613 +406,289 @@ def yarn(head_dim: int, long_windows: tuple[int, ...]) -> tuple[np.ndarray, floa
     return frequencies, scale
 
 
-def rotary_tables(length: int, frequencies: np.ndarray, device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin of the rotary embedding (arXiv 2104.09864) -> 2 x (length, 1, D / 2), float32 or wider."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    angles = torch.arange(length, device=device, dtype=dtype)[:, None, None]
-    angles = angles * torch.from_numpy(frequencies).to(device, dtype)
-    return angles.cos(), angles.sin()
+def yarn_at(config: Config, long_window: int) -> tuple[np.ndarray, float]:
+    """What yarn returns for the stages with this long window, which never shrinks."""
+    long_windows = [stage.windows[1] for stage in config.window_stages if stage.windows[1] <= long_window]
+    return yarn(config.n_embd // config.n_head, long_windows)
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, T, H, D), its halves the two coordinates of the rotated planes -> (B, T, H, D), float32 or wider."""
-    cos, sin = rotary
+class Rotary(nn.Module):
+    """The rotary embedding (arXiv 2104.09864) in the stages with one long window; no parameters.
+
+    cos, sin (T, 1, D / 2), and the scale of attention's logits, which YaRN changes along with them.
+    """
+
+    def __init__(self, config: Config, long_window: int, dtype: torch.dtype):
+        super().__init__()
+        frequencies, self.scale = yarn_at(config, long_window)
+        positions = torch.arange(config.sequence_len, dtype=dtype)[:, None, None]
+        angles = positions * torch.from_numpy(frequencies).to(dtype)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, D) -> the same shape, float32 or wider. A frequency pair is (x[d], x[d + D / 2])."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, backend: str) -> Tensor:
-    """Causal attention, position t sees t - window ... t: 3 x (B, T, H, D) -> (B, T, H, D).
-
-    backend: "varlen" is the flash attention that torch carries (CUDA, compute capability 8.0 or newer, bfloat16),
-    "sdpa" is F.scaled_dot_product_attention, with a mask where the window is shorter than the sequence.
-    """
-    B, T, H, D = q.shape
-    everything = window >= T - 1
-    if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
-
-        borders = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-        # contiguous, because the operator promises the compiler outputs and gradients laid out like its inputs
-        q, k, v = (t.reshape(B * T, H, D).contiguous() for t in (q, k, v))
-        left = -1 if everything else window
-        return varlen_attn(q, k, v, borders, borders, T, T, scale=scale, window_size=(left, 0)).view(B, T, H, D)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if everything:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-    position = torch.arange(T, device=q.device)
-    distance = position[:, None] - position
-    mask = (distance >= 0) & (distance <= window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-
-
-def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
-    """Exclusive self-attention (arXiv 2603.09078): y loses a share of its part along the position's own value.
-
-    y, v (B, T, H, D), strength: that share, one number or (H, 1) float32 or wider -> (B, T, H, D).
-    """
-    unit = F.normalize(v, dim=-1, eps=1e-4)
-    along = (y * unit).sum(-1, keepdim=True) * unit
-    return (y - strength * along).to(y.dtype)
-
-
-def attention(w, x: Tensor, ve: Tensor | None, rotary, *, n_head: int, exclusive: bool, **settings) -> Tensor:
-    """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
-    B, T, C = x.shape
-    q, k, v = (t.view(B, T, n_head, C // n_head) for t in F.linear(x, w["qkv"]).chunk(3, dim=-1))
-    if ve is not None:  # value residual (arXiv 2410.17897) with a gate per head, at first 2 * sigmoid(0) = 1
-        v = v + 2 * torch.sigmoid(F.linear(x[..., :32], w["ve_gate"])).unsqueeze(-1) * ve.view_as(v)
-    q, k = norm(rotate(q, rotary)).to(v.dtype), norm(rotate(k, rotary)).to(v.dtype)
-    y = attend(q, k, v, **settings)
-    if exclusive:
-        y = exclude_own_value(y, v, 1.0)
-    if "attn_gate" in w:  # head gates (arXiv 2505.06708)
-        y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)
-    return F.linear(y.reshape(B, T, C), w["attn_proj"])
-
-
-def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """SwiGLU (arXiv 2002.05202), or without a gate squared ReLU (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
-    if "gate_up" in w:
-        gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
-    else:
-        hidden = F.relu(F.linear(x, w["up"])).square()
-    return F.linear(hidden, w["mlp_proj"])
-
-
-def block(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, dropout_p: float, **settings) -> Tensor:
-    """Attention and MLP, each on the normed stream and added to it: (B, T, C) -> (B, T, C)."""
-    x = x + dropout(attention(w, norm(x), ve, rotary, **settings), dropout_p)
-    return x + dropout(mlp(w, norm(x)), dropout_p)
-
-
-def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary, *, dropped: bool, **settings):
-    """A block of the trunk and the mixture before it; all streams are (B, T, C).
-
-    skip: the encoder output that a decoder layer adds (U-Net, arXiv 1505.04597), or None. lambdas: the scalar weights
-    of skip, x and x0. Of a layer dropped by stochastic depth the mixture remains.
-    """
-    skip_weight, resid_lambda, x0_lambda = lambdas
-    if skip is not None:
-        x = x + skip_weight * skip
-    x = resid_lambda * x + x0_lambda * x0
-    return x if dropped else block(w, x, ve, rotary, **settings)
-
-
-def value_embedding(w: dict[str, Tensor], i: int, tokens: Tensor, x0: Tensor) -> Tensor:
-    """What is added to the values of layer i, by tokens (B, T) or their embedding x0 (B, T, C) -> (B, T, C)."""
-    return F.linear(x0, w[f"ve_proj.{i}"]) if f"ve_proj.{i}" in w else F.embedding(tokens, w[f"ve_table.{i}"])
-
-
-def mtp_layer(w: dict[str, Tensor], z: Tensor, rotary, *, dropped: bool, **settings) -> Tensor:
-    """The block behind the prediction of the token after next: (B, T - 1, C) -> (B, T - 1, C), normed."""
-    return norm(z if dropped else block(w, z, None, rotary, **settings))
-
-
-def capped_logits(x: Tensor, lm_head: Tensor, vocab_size: int, cap: float) -> Tensor:
-    """x (..., C) -> soft-capped logits (..., V), float32 or wider (arXiv 2408.00118)."""
-    logits = F.linear(x, lm_head)[..., :vocab_size]
-    return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
-
-
-def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
-    """x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
-    logits = capped_logits(x, lm_head, vocab_size, cap)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
-
-CHUNK = 4096  # positions whose logits exist at a time in training on a GPU: enough to keep it busy
-CHUNK_ON_CPU = 128  # the same on a CPU: few enough to stay in its caches
-
-
-def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
-    """Loss of n positions with K targets each, and its gradient by the logits before their soft cap.
-
-    logits (n, padded V), targets (n, K) int64 (negative: none), weights (K,) float32 or wider -> the sum of weight *
-    nats over positions and targets, that of the first targets' nats, both () float32 or wider, and the gradient of the
-    former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on take no part.
-    """
-    bent = torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
-    capped = cap * bent
-    capped[:, vocab_size:] = -torch.inf
-    log_probs, slope = capped.log_softmax(-1), 1 - bent.square()
-    index, shares = targets.clamp_min(0), weights * (targets >= 0)
-    nats, total = -log_probs.gather(1, index), shares.sum(1, keepdim=True)
-    grad = (total * log_probs.exp() * slope).to(logits.dtype)
-    # Where the targets are, the difference is made before it is rounded; a token may be a target more than once.
-    wanted = (shares[:, None] * (index[:, :, None] == index[:, None])).sum(-1)
-    at_targets = (total * (-nats).exp() - wanted) * slope.gather(1, index)
-    grad = grad.scatter(1, index, at_targets.to(grad.dtype))
-    return (shares * nats).sum(), (nats * (targets >= 0))[:, 0].sum(), grad
-
-
-def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
-    """x (n, C), lm_head (padded V, C) -> the losses of capped_cross_entropy, their gradients by x and by lm_head."""
-    loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
-    return loss, first_loss, grad @ lm_head, grad.T @ x
-
-
-class HeadLoss(torch.autograd.Function):
-    """The head and the loss behind it, in chunks of positions whose gradients are made in the forward pass.
-
-    Autograd would keep the logits, and float32 copies of them, of all positions until the backward pass. So only a
-    chunk's exist at a time, and what is kept is the gradients, of x and, summed in float32, of the head.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, lm_head: Tensor, chunk, *others: Tensor):
-        """x (n, C), others (n, ...) what else a position needs, such as its targets.
-
-        chunk: (x, lm_head, *others) of some positions -> as head_chunk.
-        -> (Weighted sum of the losses, sum of the first targets' losses), both (); only the former has a gradient.
-        """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        losses, x_grad = torch.zeros(2, dtype=wide, device=x.device), torch.empty_like(x)
-        lm_head_grad = torch.zeros_like(lm_head, dtype=wide)
-        size = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, *(other[rows] for other in others))
-            losses += torch.stack(parts)
-            lm_head_grad += lm_head_part
-        ctx.save_for_backward(x_grad, lm_head_grad.to(lm_head.dtype))
-        loss, first_loss = losses.unbind()
-        ctx.mark_non_differentiable(first_loss)
-        return loss, first_loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        x_grad, lm_head_grad = ctx.saved_tensors
-        return x_grad * grad, lm_head_grad * grad, *(None for _ in ctx.needs_input_grad[2:])
-
-
-def draw_dropped(config: GPTConfig, replay: bool, *seed: int) -> list[bool] | None:
-    """Stochastic depth (arXiv 1603.09382): a flag per call of a block, the MTP block's last; None if it is off.
-
-    Layer i is dropped with probability stochastic_depth * i / (L - 1), the MTP block as if it were layer L. The draw
-    depends on `seed` (the run's seed, step, micro-step) alone, so it is the same in all processes.
-    """
-    if not config.stochastic_depth:
-        return None
-    layers = np.array([*config.layer_order(replay), config.n_layer])
-    chance = config.stochastic_depth * layers / (config.n_layer - 1)
-    return (np.random.default_rng(seed).random(len(layers)) < chance).tolist()
-
-
-# ----------------------------------------------------------------------------------------------------------- parameters
-
-
 class Attention(nn.Module):
-    """Parameters of an attention layer."""
+    """Multi-head attention with value embedding, rotary embedding and head gates. mix_heads is in its weights."""
 
-    def __init__(self, config: GPTConfig, value_embedding: bool):
+    def __init__(self, config: Config, layer: int, backend: str):
         super().__init__()
         C, H = config.n_embd, config.n_head
-        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
-        mixes = (nn.Parameter(torch.empty(H, H)) if config.head_mixes else None for _ in range(3))
-        self.q_mix, self.k_mix, self.v_mix = mixes
-        self.attn_gate = nn.Linear(12, H, bias=False) if config.head_gates else None
-        self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
+        self.n_head = H
+        self.backend = backend
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.c_proj = nn.Linear(C, C, bias=False)
+        self.attn_gate = nn.Linear(12, H, bias=False)
+        self.ve_gate = nn.Linear(32, H, bias=False) if config.has_value_embedding(layer) else None
+
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int, scale: float) -> Tensor:
+        """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = self.qkv(x).view(B, T, 3, H, D).unbind(dim=2)  # each (B, T, H, D)
+        if ve is not None:  # value residual (arXiv 2410.17897)
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :32]))  # (B, T, H), starts at 1
+            v = v + gate.unsqueeze(-1) * ve.view(B, T, H, D)
+        q = norm(rotate(q, cos, sin)).to(v.dtype)
+        k = norm(rotate(k, cos, sin)).to(v.dtype)
+        y = attend(q, k, v, window, self.backend, scale)  # (B, T, H, D)
+        gate = torch.sigmoid(self.attn_gate(x[..., :12]))  # (B, T, H) (arXiv 2505.06708)
+        y = y * gate.unsqueeze(-1)
+        return self.c_proj(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    """Parameters of an MLP."""
+    """A gated unit, SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: Config):
         super().__init__()
-        self.c_gate = nn.Linear(config.n_embd, config.hidden, bias=False) if config.mlp == "swiglu" else None
-        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=False)
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.hidden, bias=False)
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # each (B, T, hidden)
+        return self.c_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """Parameters of a transformer block."""
+    """Attention and MLP, each behind a norm and added to the stream."""
 
-    def __init__(self, config: GPTConfig, value_embedding: bool):
+    def __init__(self, config: Config, layer: int, backend: str):
         super().__init__()
-        self.attn = Attention(config, value_embedding)
+        self.attn = Attention(config, layer, backend)
         self.mlp = MLP(config)
+        self.dropout = config.dropout
 
-    def sources(self) -> dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]:
-        """What each compute weight is made of: matrices, stacked by rows, each with the mix of its heads or None."""
-        attn, mlp = self.attn, self.mlp
-        sources = {
-            "qkv": [(attn.c_q.weight, attn.q_mix), (attn.c_k.weight, attn.k_mix), (attn.c_v.weight, attn.v_mix)],
-            "attn_proj": [(attn.c_proj.weight, None)],
-            "mlp_proj": [(mlp.c_proj.weight, None)],
-        }
-        if mlp.c_gate is None:
-            sources["up"] = [(mlp.c_fc.weight, None)]
-        else:
-            sources["gate_up"] = [(mlp.c_gate.weight, None), (mlp.c_fc.weight, None)]
-        gates = {"attn_gate": attn.attn_gate, "ve_gate": attn.ve_gate}
-        return sources | {name: [(gate.weight, None)] for name, gate in gates.items() if gate is not None}
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor, window: int, scale: float) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        x = x + dropout(self.attn(norm(x), ve, cos, sin, window, scale), p)
+        return x + dropout(self.mlp(norm(x)), p)
 
 
-def mix_heads(weight: Tensor, mix: Tensor | None) -> Tensor:
-    """Interleaved Head Attention (arXiv 2602.21371): W_mixed[h] = sum_m mix[h, m] W[m], W[m] the D rows of head m."""
-    return weight if mix is None else (mix @ weight.view(mix.size(1), -1)).view_as(weight)
+# ------------------------------------------------ what is compiled: layers of a kind share a graph, one for each stage
 
 
-def take_gradient(total: Tensor, leaf: Tensor) -> None:
-    """Add a leaf's gradient to a sum and drop it, as soon as it is there (a hook).
+def run_layer(
+    block: Block,
+    x: Tensor,
+    x0: Tensor,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
+    resid_lambda: Tensor,
+    x0_lambda: Tensor,
+    ve: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    window: int,
+    scale: float,
+    is_dropped: bool,
+) -> Tensor:
+    """A layer of the trunk: streams x, x0, skip (B, T, C), weights () -> (B, T, C).
 
-    The sum may be of a wider dtype; a .grad of another dtype than its tensor's, grad_dtype, cannot be compiled.
+    skip is what a layer of the second half adds from the first (U-Net, arXiv 1505.04597). A dropped layer still applies
+    the skip and the residual mix.
     """
-    total.add_(leaf.grad)
-    leaf.grad = None
+    if skip is not None:
+        x = x + skip_weight * skip
+    x = resid_lambda * x + x0_lambda * x0
+    return x if is_dropped else block(x, ve, cos, sin, window, scale)
 
 
-class ComputeWeights:
-    """The weights that the forward pass reads, made from the masters once per optimizer step.
+def run_mtp_layer(
+    block: Block, z: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float, is_dropped: bool
+) -> Tensor:
+    """The block of multi-token prediction: z (B, T - 1, C) -> (B, T - 1, C), normed."""
+    return norm(z if is_dropped else block(z, None, cos, sin, window, scale))
 
-    `tensors` are leaves of the compute dtype. Their gradients are summed, float32 or wider, over any number of backward
-    passes. `refresh` makes them from the masters. `pull_back` adds the sums to the masters' `.grad`, by the transposed
-    map, and clears them. The map is linear in the matrices and in the mixes, so one `pull_back` serves all backward
-    passes since the last `refresh`.
-    """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, requires_grad: bool = True):
-        self.sources, self.tensors, self.sums = model.sources(), {}, {}
-        for unit, weights in self.sources.items():
-            self.tensors[unit] = {}
-            for name, parts in weights.items():
-                master = parts[0][0]
-                shape = (sum(part.size(0) for part, _ in parts), *master.shape[1:])
-                leaf_dtype = dtype if master.ndim == 2 else master.dtype  # the lambdas are kept as they are
-                leaf = torch.zeros(shape, dtype=leaf_dtype, device=master.device, requires_grad=requires_grad)
-                self.tensors[unit][name] = leaf
-                if requires_grad:
-                    self.sums[leaf] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf_dtype, torch.float32))
-                    # not a method: the garbage collector does not see a cycle through a hook, and would free nothing
-                    leaf.register_post_accumulate_grad_hook(partial(take_gradient, self.sums[leaf]))
+def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
+    """Next-token loss in validation: x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
+    logits = soft_cap(F.linear(x, lm_head)[..., :vocab_size], cap)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
-    def _rows(self):
-        """Every master, its mix, and the rows of the compute weight that it fills."""
-        for unit, weights in self.sources.items():
-            for name, parts in weights.items():
-                row = 0
-                for master, mix in parts:
-                    yield master, mix, self.tensors[unit][name], slice(row, row := row + master.size(0))
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        for master, mix, leaf, rows in self._rows():
-            leaf[rows].copy_(mix_heads(master, mix))
-
-    @torch.no_grad()
-    def pull_back(self) -> None:
-        for master, mix, leaf, rows in self._rows():
-            grad = self.sums[leaf][rows]
-            if mix is None:
-                master.grad.add_(grad)
-            else:
-                heads = mix.size(0)
-                master.grad.add_((mix.T @ grad.view(heads, -1)).view_as(master))
-                mix.grad.add_(grad.view(heads, -1) @ master.view(heads, -1).T)
-        self.clear_gradients()
-
-    def clear_gradients(self) -> None:
-        for gradient in self.sums.values():
-            gradient.zero_()
+def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
+    """Some positions' part of HeadLoss: x (n, C), lm_head (padded V, C), targets (n, 1) int64."""
+    loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
+    return loss, first_loss, grad @ lm_head, grad.T @ x
 
 
 # ------------------------------------------------------------------------------------------------------------------ GPT
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer with U-Net skips, value embeddings, mixed and gated heads, layer replay and MTP."""
+    """Decoder-only transformer: a U-Net of blocks. Its windows grow, and late in training some layers are replayed.
 
-    def __init__(self, config: GPTConfig, attention: str = "sdpa"):
+    What changes during training is in the arguments `windows`, the short and the long one of a stage, and `replay`,
+    whether layers replay_start ... replay_end - 1 run again, with their skips, lambdas and value embeddings.
+
+    The parameters are not initialized: they are compute weights, and come from masters.
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype, attention: str = "sdpa"):
+        """attention: the backend of slowrun.kernels.attend."""
         super().__init__()
-        self.config, self.backend, L, C = config, attention, config.n_layer, config.n_embd
+        self.config = config
+        L, C, padded_vocab = config.n_layer, config.n_embd, config.padded_vocab
         with_ve = [i for i in range(L) if config.has_value_embedding(i)]
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab, C),
-                "h": nn.ModuleList(Block(config, i in with_ve) for i in range(L)),
-            }
-        )
-        self.lm_head = nn.Linear(C, config.padded_vocab, bias=False)
-        self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.empty(L)), nn.Parameter(torch.empty(L))
-        self.skip_weights = nn.Parameter(torch.empty(L // 2)) if config.u_net else None
-        self.ve_projs, self.ve_tables = nn.ModuleDict(), nn.ModuleDict()
-        for i in map(str, with_ve):
-            if config.value_embedding == "projection":
-                self.ve_projs[i] = nn.Linear(C, C, bias=False)
-            else:
-                self.ve_tables[i] = nn.Embedding(config.padded_vocab, C)
+        wte = nn.Embedding(padded_vocab, C)
+        blocks = nn.ModuleList(Block(config, i, attention) for i in range(L))
+        self.transformer = nn.ModuleDict({"wte": wte, "h": blocks})
+        self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in with_ve})
         if config.mtp_weight:
             self.mtp_proj = nn.Linear(2 * C, C, bias=False)
-            self.mtp_block = Block(config, value_embedding=False)
-        self._layer, self._mtp_layer = layer, mtp_layer
-        self._cross_entropy, self._head_chunk = cross_entropy, head_chunk
-        self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
+            self.mtp_block = Block(config, L, attention)  # as layer L: a full window, no value embedding
+        self.lm_head = nn.Linear(C, padded_vocab, bias=False)
+        self.to(dtype)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Fill every parameter, drawing from torch's default generator for the parameters' device."""
-        C = self.config.n_embd
-        for name, p in self.named_parameters():
-            kind = "ve" if name.startswith(("ve_projs.", "ve_tables.")) else name.removesuffix(".weight").split(".")[-1]
-            if kind == "wte":
-                p.normal_()
-            elif kind == "lm_head":
-                p.normal_(std=0.001)
-            elif kind in ("c_q", "c_k", "c_v", "c_gate", "c_fc", "ve", "mtp_proj"):
-                p.uniform_(-math.sqrt(3 / C), math.sqrt(3 / C))
-            elif kind == "c_proj" and self.config.proj_init == "normal":
-                p.normal_(std=1 / math.sqrt(C))
-            elif kind in ("ve_gate", "attn_gate", "c_proj"):
-                p.zero_()
-            elif kind in ("q_mix", "k_mix", "v_mix"):
-                p.copy_(torch.eye(p.size(0)))
-            else:
-                p.fill_({"resid_lambdas": 1.0, "x0_lambdas": 0.1, "skip_weights": 1.0}[kind])
+        # Scalars, rotary angles and logits stay in float32, because bfloat16 is too coarse for them.
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.resid_lambdas = nn.Parameter(torch.empty(L, dtype=self.wide))
+        self.x0_lambdas = nn.Parameter(torch.empty(L, dtype=self.wide))
+        self.skip_weights = nn.Parameter(torch.empty(L // 2, dtype=self.wide))
+        long_windows = {stage.windows[1] for stage in config.window_stages}
+        self.rotary = nn.ModuleDict({str(long): Rotary(config, long, self.wide) for long in sorted(long_windows)})
+
+        self.run_layer = run_layer
+        self.run_mtp_layer = run_mtp_layer
+        self.head_chunk = head_chunk
+        self.cross_entropy = cross_entropy
 
     def compile_layers(self) -> None:
-        """Compile per layer: layers of a kind share one graph, and gradients become available during backward."""
-        functions = (layer, mtp_layer, cross_entropy, head_chunk)
-        self._layer, self._mtp_layer, self._cross_entropy, self._head_chunk = (
-            torch.compile(function, dynamic=False, fullgraph=True) for function in functions
-        )
+        """Compile layer by layer: gradients become available during the backward pass, and the graphs are few."""
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+        self.run_layer = compiled(run_layer)
+        self.run_mtp_layer = compiled(run_mtp_layer)
+        self.head_chunk = compiled(head_chunk)
+        self.cross_entropy = compiled(cross_entropy)
 
-    def sources(self) -> dict[str, dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]]:
-        """What every compute weight is made of, by unit; see Block.sources."""
-        io = {name: [(p, None)] for name, p in self.named_parameters(recurse=False)}
-        io |= {"wte": [(self.transformer.wte.weight, None)], "lm_head": [(self.lm_head.weight, None)]}
-        io |= {f"ve_proj.{i}": [(projection.weight, None)] for i, projection in self.ve_projs.items()}
-        io |= {f"ve_table.{i}": [(table.weight, None)] for i, table in self.ve_tables.items()}
-        units = {"io": io} | {f"h.{i}": h.sources() for i, h in enumerate(self.transformer.h)}
-        if self.config.mtp_weight:
-            io["mtp_proj"] = [(self.mtp_proj.weight, None)]
-            units["mtp_block"] = self.mtp_block.sources()
-        return units
+    def rotary_of(self, windows: tuple[int, int], length: int) -> tuple[Tensor, Tensor, float]:
+        """cos and sin of the first positions (length, 1, D / 2) and the scale of attention's logits in a stage."""
+        rotary = self.rotary[str(windows[1])]
+        return rotary.cos[:length], rotary.sin[:length], rotary.scale
 
-    def weights(self) -> Weights:
-        """Compute weights made on the fly: in the masters' dtype, differentiable with respect to them."""
-        return {
-            unit: {name: torch.cat([mix_heads(*part) for part in parts]) for name, parts in weights.items()}
-            for unit, weights in self.sources().items()
-        }
+    def forward(self, tokens: Tensor, windows: tuple[int, int], replay: bool, dropped: Collection[int] = ()) -> Tensor:
+        """tokens (B, T) int64 -> final stream (B, T, C), normed.
 
-    def rotary(self, length: int, long: int) -> tuple[Tensor, Tensor]:
-        """The tables for `length` positions in the stages with this long window, made once per device and dtype."""
-        where, T = (self.x0_lambdas.device, self.x0_lambdas.dtype), self.config.sequence_len
-        if (long, *where) not in self._rotary:
-            self._rotary[long, *where] = rotary_tables(T, self.config.yarn(long)[0], *where)
-        cos, sin = self._rotary[long, *where]
-        return cos[:length], sin[:length]
-
-    def _settings(self, window: int, long: int) -> dict:
-        settings = {"window": window, "scale": self.config.yarn(long)[1], "exclusive": self.config.exclusive}
-        settings |= {"backend": self.backend}
-        return settings | {"n_head": self.config.n_head, "dropout_p": self.config.dropout if self.training else 0.0}
-
-    def trunk(self, w: Weights, tokens: Tensor, windows=None, replay: bool = False, dropped=None) -> Tensor:
-        """tokens (B, T) int64 -> final normed stream (B, T, C).
-
-        windows: short and long one of a stage, of the last if None; dropped: a flag per layer call, see draw_dropped.
+        dropped: the calls of layers, counted from 0, whose block is skipped; the skip and the lambdas still apply.
         """
-        config, io, E = self.config, w["io"], self.config.n_layer // 2
-        windows = windows or config.window_stages[-1][2:]
-        x = x0 = norm(F.embedding(tokens, io["wte"]))
-        rotary = self.rotary(tokens.size(1), windows[1])
-        resid, from_x0 = io["resid_lambdas"].unbind(), io["x0_lambdas"].unbind()
-        skips = io["skip_weights"].unbind() if config.u_net else ()
-        encoded: list[Tensor] = []
-        ve: dict[int, Tensor] = {}  # value embeddings, which a replayed layer shares with its first run
-        for call, i in enumerate(config.layer_order(replay)):
-            if config.has_value_embedding(i) and i not in ve:
-                ve[i] = value_embedding(io, i, tokens, x0)
-            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if skips and i >= E else (None, None)
-            lambdas, is_dropped = (skip_weight, resid[i], from_x0[i]), dropped is not None and dropped[call]
-            settings = self._settings(config.window(i, windows), windows[1])
-            x = self._layer(w[f"h.{i}"], x, x0, skip, lambdas, ve.get(i), rotary, dropped=is_dropped, **settings)
+        cos, sin, scale = self.rotary_of(windows, tokens.size(1))
+        x0 = norm(self.transformer.wte(tokens))  # (B, T, C)
+        ve = {int(i): project(x0) for i, project in self.ve_projs.items()}  # by layer, each (B, T, C)
+        resid_lambdas, x0_lambdas = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
+        skip_weights = self.skip_weights.unbind()
+        L = self.config.n_layer
+        E = L // 2  # the first E layers are the encoder of the U-Net
+        encoded = []
+        x = x0
+        for call, i in enumerate(self.config.layer_order(replay)):
+            skip = encoded[L - 1 - i] if i >= E else None  # a replayed layer reads it again
+            skip_weight = skip_weights[i - E] if i >= E else None
+            block = self.transformer.h[i]
+            mix = skip, skip_weight, resid_lambdas[i], x0_lambdas[i]
+            attention = ve.get(i), cos, sin, self.config.window(i, windows), scale
+            x = self.run_layer(block, x, x0, *mix, *attention, is_dropped=call in dropped)
             if i < E:
                 encoded.append(x)
         return norm(x)
 
-    def training_loss(
-        self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, windows=None, replay=False, dropped=None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean next-token loss plus mtp_weight times that of the token after next (one extra block, arXiv 2412.19437).
+    def token_losses(self, tokens: Tensor, targets: Tensor, windows: tuple[int, int], replay: bool) -> Tensor:
+        """Next-token cross-entropy: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
+        x = self(tokens, windows, replay)
+        return self.cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size, self.config.logit_cap)
 
-        tokens, targets (B, T) int64 -> (this sum, the next-token loss), both () float32 or wider, nats per token.
-        """
-        config, w = self.config, w or self.weights()
-        windows = windows or config.window_stages[-1][2:]
-        x = self.trunk(w, tokens, windows, replay, dropped)
-        lm_loss = self.head_loss(w, x, targets)
-        if not config.mtp_weight:
-            return lm_loss, lm_loss
-        return lm_loss + config.mtp_weight * self.mtp_loss(w, x, targets, dropped, windows[1]), lm_loss
-
-    def mtp_loss(self, w: Weights, x: Tensor, targets: Tensor, dropped: list[bool] | None, long: int) -> Tensor:
-        """Mean loss on the token after next: final stream x (B, T, C), targets (B, T) -> (), nats per token."""
-        next_embedding = norm(F.embedding(targets[:, :-1], w["io"]["wte"]))
-        z = F.linear(torch.cat([x[:, :-1], next_embedding], dim=-1), w["io"]["mtp_proj"])  # of (B, T - 1, 2 C)
-        is_dropped, settings = dropped is not None and dropped[-1], self._settings(self.config.sequence_len, long)
-        z = self._mtp_layer(w["mtp_block"], z, self.rotary(z.size(1), long), dropped=is_dropped, **settings)
-        return self.head_loss(w, z, targets[:, 1:])
-
-    def head_loss(self, w: Weights, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""
-        settings = {"vocab_size": self.config.vocab_size, "cap": self.config.logit_cap}
-        weights = torch.ones(1, dtype=self.x0_lambdas.dtype, device=x.device)
-        chunk = partial(self._head_chunk, weights=weights, **settings)
-        return HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, targets.reshape(-1, 1))[0] / targets.numel()
-
-    def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, **how) -> Tensor:
-        """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
-        w = w or self.weights()
-        x = self.trunk(w, tokens, **how)
-        return self._cross_entropy(x, w["io"]["lm_head"], targets, self.config.vocab_size, self.config.logit_cap)
-
-    def log_probs(self, tokens: Tensor, w: Weights | None = None, **how) -> Tensor:
+    def log_probs(self, tokens: Tensor, windows: tuple[int, int], replay: bool) -> Tensor:
         """tokens (B, T) int64 -> log-probabilities of the next token (B, T, V), float32 or wider."""
-        w = w or self.weights()
-        x = self.trunk(w, tokens, **how)
-        return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
+        logits = self.lm_head(self(tokens, windows, replay))[..., : self.config.vocab_size]
+        return soft_cap(logits, self.config.logit_cap).log_softmax(-1)
+
+    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""
+        chunk = partial(
+            self.head_chunk,
+            weights=torch.ones(1, dtype=self.wide, device=x.device),
+            vocab_size=self.config.vocab_size,
+            cap=self.config.logit_cap,
+        )
+        loss, _ = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, chunk, targets.reshape(-1, 1))
+        return loss / targets.numel()
+
+    def training_loss(
+        self, tokens: Tensor, targets: Tensor, windows: tuple[int, int], replay: bool, dropped: Collection[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Multi-token prediction with one extra block (arXiv 2412.19437).
+
+        tokens, targets (B, T) int64; dropped: as in forward -> (the weighted loss, the next-token loss), both () in
+        nats per token. At position t < T - 1 the extra block reads the final stream and the embedding of target t, and
+        predicts target t + 1.
+        """
+        x = self(tokens, windows, replay, dropped)  # (B, T, C)
+        next_token_loss = self.head_loss(x, targets)
+        if not self.config.mtp_weight:
+            return next_token_loss, next_token_loss.detach()
+
+        next_embedding = norm(self.transformer.wte(targets[:, :-1]))  # (B, T - 1, C)
+        z = self.mtp_proj(torch.cat([x[:, :-1], next_embedding], dim=-1))  # (B, T - 1, C)
+        cos, sin, scale = self.rotary_of(windows, z.size(1))
+        window = self.config.window(self.config.n_layer, windows)
+        is_dropped = len(self.config.layer_order(replay)) in dropped  # its call comes after those of the layers
+        z = self.run_mtp_layer(self.mtp_block, z, cos, sin, window, scale, is_dropped)
+        mtp_loss = self.head_loss(z, targets[:, 1:])
+        return next_token_loss + self.config.mtp_weight * mtp_loss, next_token_loss.detach()
 
 
-def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
-    """A model for a device, its parameters not filled yet: float32 or wider, embeddings of the compute dtype."""
-    with torch.device("meta"):
-        model = GPT(config, **kernels).to(torch.promote_types(dtype, torch.float32))
-        for table in (model.transformer.wte, model.ve_tables):
-            table.to(dtype)
-    return model.to_empty(device=device)
+def draw_dropped(config: Config, replay: bool, step: int, micro_step: int) -> set[int]:
+    """Stochastic depth (arXiv 1603.09382): the calls whose block a micro-step skips, on all virtual ranks.
 
-
-# --------------------------------------------------------------- on a machine: precision, attention, operations, memory
-
-
-def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """A backend of `attend`: varlen where it runs, else sdpa; ValueError if varlen is wanted and does not run."""
-    D = config.n_embd // config.n_head
-    able = has_bfloat16(device) and dtype == torch.bfloat16 and D <= 256 and D % 8 == 0
-    needs = "a GPU of compute capability 8.0, bfloat16, and heads of 8, 16, ... 256 channels"
-    require(able or wanted != "varlen", f"--attention varlen needs {needs}")
-    return wanted if wanted != "auto" else "varlen" if able else "sdpa"
-
-
-def attention_error(config: GPTConfig, device: torch.device, backend: str) -> float:
-    """Largest error of a backend in bfloat16, of its output and gradients on random q, k, v in all windows.
-
-    The reference is sdpa in float32; an error is relative to the largest value.
+    The block of layer i is skipped with probability stochastic_depth * i / (L - 1), drawn anew for every call; the MTP
+    block counts as layer L.
     """
-    generator, worst = torch.Generator(device).manual_seed(0), 0.0
-    shape = (4, 2, config.sequence_len, config.n_head, config.n_embd // config.n_head)
-    *qkv, weight = torch.randn(shape, generator=generator, device=device).bfloat16()
-    stages = [(window, config.yarn(stage.long)[1]) for stage in config.window_stages for window in stage[2:]]
-    for window, scale in dict.fromkeys(stages):
-        results = []
-        for name, dtype in ((backend, torch.bfloat16), ("sdpa", torch.float32)):
-            inputs = [t.to(dtype).requires_grad_() for t in qkv]
-            output = attend(*inputs, window, scale, name)
-            results.append([output, *torch.autograd.grad(output, inputs, weight.to(dtype))])
-        for found, expected in zip(*results, strict=True):
-            worst = max(worst, ((found.float() - expected).abs().max() / expected.abs().max()).item())
-    return worst
+    if not config.stochastic_depth:
+        return set()
+    layers = np.array([*config.layer_order(replay), config.n_layer])  # by call; the last is the MTP block
+    probability = config.stochastic_depth * layers / (config.n_layer - 1)
+    draws = np.random.default_rng((config.seed, step, micro_step)).random(len(layers))
+    return set(np.flatnonzero(draws < probability).tolist())
 
 
-KERNELS = {"attention": ("sdpa", "varlen", 0.05, attention_error)}
-
-
-def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
-    return {"attention": choose_attention(config.attention, config, device, dtype)}
-
-
-def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
-    """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
-    for name, kernel in kernels.items():
-        fallback, _, limit, error_of = KERNELS[name]
-        try:
-            error = error_of(config, device, kernel) if kernel != fallback else 0.0
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as failure:
-            raise ValueError(f"{name} {kernel} fails here ({failure}): use --{name} {fallback}") from failure
-        require(error < limit, f"{name} {kernel} is wrong here, by {error:g}: use --{name} {fallback}, and report it")
-
-
-def flops_per_token(config: GPTConfig, replay: bool, windows: tuple[int, int]) -> float:
-    """Floating-point operations of forward and backward per token: matrix products and attention, replays counted."""
-    C, T, order = config.n_embd, config.sequence_len, config.layer_order(replay)
-    per_block = 4 * C * C + config.mlp_elements  # elements of its matrices
-    projections = sum(map(config.has_value_embedding, range(config.n_layer))) * (config.value_embedding == "projection")
-    weights = per_block * len(order) + C * C * projections
-    seen = [config.window(i, windows) for i in order]
-    keys = sum(w - w * w / (2 * T) for w in seen)  # that the average position attends to
-    heads = 1
-    if config.mtp_weight:
-        weights, keys, heads = weights + per_block + 2 * C * C, keys + T / 2, 2
-    return 6 * (weights + heads * C * config.padded_vocab) + 12 * C * keys
-
-
-def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
-    """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all).
-
-    The last is an estimate, from what autograd keeps of each layer, and from the logits of a chunk.
-    """
-    with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
-    C, V, total = config.n_embd, config.padded_vocab, sum(sizes.values())
-    positions = config.device_rows * config.sequence_len
-    tables = 2 * V * C + sum(size for name, size in sizes.items() if name.startswith("ve_tables."))
-    # float32: masters and two gradients; AdamW keeps two moments of the tables, Muon one of the rest and a moved copy
-    static = 3 * total + (total + tables) / world_size + (total - tables) * config.meta_gradient
-    static += total / world_size * (config.readout == "ema")
-    static = 4 * static + dtype.itemsize * total
-    per_layer = (13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C
-    layers = len(config.layer_order(replay=config.replay_from_epoch > 0))
-    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) + V * C * 8  # a chunk's logits; the gradient
-    return total, static / 2**30, (static + positions * per_layer * layers + head) / 2**30
-
-
-def check_memory(config: Config, world: World) -> float:
-    """Refuse a model that cannot fit, before anything is allocated -> estimated GiB per process."""
-    dtype = compute_dtype(config.dtype, world.device)
-    total, static, needed = memory_gib(config, world.size, dtype)
-    said = f"{total / 1e6:,.0f}M parameters need {static:.0f} GiB per process for weights, gradients and optimizer"
-    if world.cuda:
-        there = total_memory(world.device) / GIB
-        require(static < there, f"{said}, and the GPU has {there:.0f} GiB: use more or larger GPUs, or a smaller model")
-        return needed
-    there = total_memory(world.device) / GIB
-    said += f", about {needed:.0f} GiB with activations, in {str(dtype).removeprefix('torch.')}"
-    said += f"; this machine has {there:.0f} GiB and no GPU in use"
-    on_gpu = memory_gib(config, world.size, torch.bfloat16)[2]
-    instead = f"train it on GPUs of at least {on_gpu:.0f} GiB, or see every technique at toy size with --demo"
-    require(needed * world.size < there, f"{said}: {instead}")
-    require(total < 1e8 or config.device == "cpu", f"{said}: {instead}. It fits, so --device cpu trains it, slowly")
-    return needed
-
-
-def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
-    """GiB of (the weights that the readout keeps of an epoch, a checkpoint: weights and optimizer)."""
-    model = build(config, torch.device("meta"), dtype)
-    buckets = build_optimizer(config, model, World(0, 1, torch.device("meta")), dtype, compile=False).buckets
-    member = sum(p.numel() * member_dtype(name, p, dtype).itemsize for name, p in model.named_parameters())
-    tensors = [*model.parameters(), *(part for bucket in buckets for part in bucket.state.values())]
-    return member / 2**30, sum(t.numel() * t.itemsize for t in tensors) / 2**30
-
-
-def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
-    """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says."""
-    member, checkpoint = disk_gib(config, dtype)
-    members = max(1, config.kept_epochs)
-    needed = members * member + 3 * checkpoint
-    there, free = (size / GIB for size in disk_space(folder))
-    parts = f"weights for the readout, {members} x {member:.3g} GiB in {str(dtype)[6:]}, "
-    parts += f"and three checkpoints (two stay while the next is written), {checkpoint:.3g} GiB each"
-    said = f"up to {needed:.3g} GiB in {folder} ({parts}); {free:.3g} GiB are free"
-    had = f", and {there:.3g} GiB of it are there" if there else ""
-    require(needed - there < free, f"the run needs {said}{had}: make space, or choose another --runs-dir")
-    return said
+def flops_per_token(config: Config, windows: tuple[int, int], replay: bool) -> float:
+    """Floating-point operations of forward and backward per token: matrix products and attention."""
+    C, T, L = config.n_embd, config.sequence_len, config.n_layer
+    layers = config.layer_order(replay)
+    projections = sum(config.has_value_embedding(i) for i in range(L))
+    elements = projections * C * C + C * config.padded_vocab
+    if config.mtp_weight:  # another block, a projection, and the head again
+        layers = [*layers, L]
+        elements += 2 * C * C + C * config.padded_vocab
+    elements += len(layers) * (4 * C * C + 3 * C * config.hidden)
+    seen = [config.window(i, windows) for i in layers]
+    keys = sum(w - w * w / (2 * T) for w in seen)  # that the average position attends to, over all layers
+    return 6 * elements + 12 * C * keys
 
 
 # ======================================================================================================================
@@ -998,9 +696,44 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path) -> str:
 # ======================================================================================================================
 
 
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-POLAR_EXPRESS = (  # coefficients of the five steps
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are updated alike."""
+
+    method: Literal["muon", "adamw"]
+    names: list[str]  # of the masters
+    lr: float  # before the schedule, and before Muon's factor for the shape
+    weight_decay: float  # before the schedule
+    betas: tuple[float, float] | None = None  # AdamW's
+    row_norm: bool = False  # Muon's
+
+    @property
+    def layout(self) -> Literal["stacked", "flat"]:
+        """Muon needs whole matrices; AdamW works on elements."""
+        return "stacked" if self.method == "muon" else "flat"
+
+
+def optimizer_groups(config: Config, names: list[str]) -> list[Group]:
+    """The optimizer table: every master is in exactly one group."""
+    decay = config.weight_decay
+    lr = config.lr_multiplier
+    mixes = [name for name in names if name.endswith("_mix")]
+    groups = [
+        Group("adamw", ["lm_head.weight"], lr * config.head_lr, decay, betas=(0.8, 0.95)),
+        Group("adamw", ["transformer.wte.weight"], lr * config.embedding_lr, decay, betas=(0.8, 0.95)),
+        Group("adamw", ["resid_lambdas", "skip_weights"], lr * config.scalar_lr * 0.01, 0.0, betas=(0.8, 0.95)),
+        Group("adamw", ["x0_lambdas"], lr * config.scalar_lr, 0.0, betas=(0.96, 0.95)),
+        Group("adamw", mixes, config.mix_lr, 0.0, betas=(0.8, 0.95)),
+    ]
+    adamw_names = {name for group in groups for name in group.names}
+    matrices = [name for name in names if name not in adamw_names]
+    groups.append(Group("muon", matrices, lr * config.matrix_lr, decay, row_norm=config.row_norm))
+    assigned = [name for group in groups for name in group.names]
+    assert sorted(assigned) == sorted(names), "every master must be in exactly one group"
+    return groups
+
+
+POLAR_EXPRESS = (  # coefficients (a, b, c) of the five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -1009,264 +742,122 @@ POLAR_EXPRESS = (  # coefficients of the five steps
 )
 
 
-def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
-    """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor).
-
-    `moved`: the meta-gradient step moves them; `row_norm`: see muon_update.
-    """
-    lr, decay, betas = config.lr_multiplier, config.weight_decay, (0.8, 0.95)
-    mixes = [name for name in names if name.endswith("_mix")]
-    embeddings = ["transformer.wte.weight", *(name for name in names if name.startswith("ve_tables."))]
-    # a group each: what AdamW computes with is as large as its largest group
-    scalars = [name for name in ("resid_lambdas", "skip_weights") if name in names]
-    table = [  # method, parameters, learning rate, weight decay, betas
-        ("adamw", ["lm_head.weight"], config.head_lr * lr, decay, betas),
-        *(("adamw", [name], config.embedding_lr * lr, decay, betas) for name in embeddings),
-        ("adamw", scalars, config.scalar_lr * lr * 0.01, 0.0, betas),
-        ("adamw", ["x0_lambdas"], config.scalar_lr * lr, 0.0, (0.96, 0.95)),
-        ("adamw", mixes, config.mix_lr, 0.0, betas),
-    ]
-    taken = {name for row in table for name in row[1]}
-    table.append(("muon", [name for name in names if name not in taken], config.matrix_lr * lr, decay, ()))
-    groups = [dict(zip(("kind", "params", "lr", "weight_decay", "betas"), row, strict=True)) for row in table]
-    return [group | {"moved": group["kind"] == "muon", "row_norm": config.row_norm} for group in groups]
-
-
 def polar_express(x: Tensor) -> Tensor:
-    """Approximately the orthogonal factor of each matrix (arXiv 2505.16932): (n, rows, cols) -> the same."""
-    tall = x.size(-2) > x.size(-1)
+    """The orthogonal polar factor, approximately, of each matrix (arXiv 2505.16932): (n, rows, cols) -> the same shape.
+
+    The singular values of x must not exceed 1. The smaller of the two Gram matrices is used.
+    """
+    is_tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
-        gram = x.mT @ x if tall else x @ x.mT
+        gram = x.mT @ x if is_tall else x @ x.mT
         polynomial = b * gram + c * (gram @ gram)
-        x = a * x + (x @ polynomial if tall else polynomial @ x)
+        x = a * x + (x @ polynomial if is_tall else polynomial @ x)
     return x
 
 
-def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
-    """Updates the momentum in place -> the direction that looks ahead of it."""
-    momentum.copy_(mu * momentum + (1 - mu) * grad)
-    return (1 - mu) * grad + mu * momentum
+def reduced_dim(x: Tensor) -> int:
+    """The dimension over which NorMuon averages: one value per row if there are at least as many rows as columns."""
+    return -1 if x.size(-2) >= x.size(-1) else -2
 
 
-def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
-    """Moves p along u, made orthogonal and evened out over rows (or columns); cautious weight decay. In place.
+def muon_update(p, grad, momentum, second_moment, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
+    """One Muon step on n matrices of one shape, in place.
 
-    p, u (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay (); dtype is that of the
-    orthogonalisation. Variance: NorMuon (arXiv 2510.05491).
+    Nesterov momentum, row normalization (MuonEq-R, arXiv 2603.28254), orthogonalization by Polar Express in `dtype`,
+    variance reduction by NorMuon (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402). p, grad, momentum
+    (n, rows, cols); second_moment (n, rows, 1) or (n, 1, cols); lr, weight_decay, mu () float32 or wider.
     """
-    u = u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    x = polar_express(u.to(dtype)).to(p.dtype)
-    variance = x.square().mean(dim=-1 if x.size(-2) >= x.size(-1) else -2, keepdim=True)
-    second.copy_(0.95 * second + 0.05 * variance)
-    scale = second.clamp_min(1e-10).rsqrt()
-    norms = [v.sum(dim=(-2, -1), keepdim=True).sqrt() for v in (variance, variance * scale * scale)]
-    x = x * (scale * norms[0] / norms[1].clamp_min(1e-10))  # keeps the Frobenius norm
-    p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
+    # Nesterov momentum
+    momentum.copy_(mu * momentum + (1 - mu) * grad)
+    update = (1 - mu) * grad + mu * momentum
 
-
-def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
-    """A Muon step, in place: see orthogonal_step. row_norm: rows of norm 1 before it, MuonEq-R (arXiv 2603.28254)."""
-    u = nesterov(grad, momentum, mu)
+    # Row normalization: every row gets norm 1
     if row_norm:
-        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    orthogonal_step(p, u, second, lr, weight_decay, dtype)
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+
+    # Orthogonalization. The Frobenius norm bounds the largest singular value; 1.02 allows for rounding.
+    update = update / (1.02 * update.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    update = polar_express(update.to(dtype)).to(p.dtype)
+
+    # Variance reduction: even out the rows (or columns), and keep the Frobenius norm of the update
+    mean_square = update.square().mean(dim=reduced_dim(update), keepdim=True)
+    second_moment.copy_(0.95 * second_moment + 0.05 * mean_square)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    norm_before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
+    norm_after = (mean_square * scale * scale).sum(dim=(-2, -1), keepdim=True).sqrt()
+    update = update * (scale * norm_before / norm_after.clamp_min(1e-10))
+
+    # Cautious decay: only where it does not work against the update
+    rows, cols = p.shape[-2:]
+    lr = lr * math.sqrt(max(1, rows / cols))
+    decays = update * p >= 0
+    p.sub_(lr * update + lr * weight_decay * p * decays)
 
 
-def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, step) -> None:
-    """An AdamW step, in place (arXiv 1711.05101): arguments (n,) or (), `step` counted from 1. It decays first."""
+def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, betas: tuple[float, float], t) -> None:
+    """One AdamW step on a flat tensor (n,), in place (arXiv 1711.05101). t () counts steps from 1."""
+    beta1, beta2 = betas
     exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * grad)
     exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * grad.square())
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + 1e-10
-    p.copy_(p.to(grad.dtype) * (1 - lr * weight_decay) - lr * (exp_avg / (1 - beta1**step)) / denominator)
+    corrected_avg = exp_avg / (1 - beta1**t)
+    corrected_avg_sq = exp_avg_sq / (1 - beta2**t)
+    decayed = p.to(grad.dtype) * (1 - lr * weight_decay)
+    p.copy_(decayed - lr * corrected_avg / (corrected_avg_sq.sqrt() + 1e-10))
 
 
-class Bucket:
-    """Parameters with a common buffer of values and one of gradients, of which each process owns an equal part.
-
-    "muon": matrices of one shape, (n, rows, cols), matrix i owned by process i mod world size. "adamw": tensors of one
-    dtype, flattened, (n,). The parameters' data and .grad are views of the buffers, so nothing is stacked or copied for
-    communication. Gradients and state are float32 or wider, whatever the values are.
-    """
-
-    def __init__(self, params: dict[str, torch.nn.Parameter], group: dict, world: World):
-        self.params, self.group, self.kind, self.world, self.probe = params, group, group["kind"], world, None
-        first, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
-        if self.kind == "muon":
-            share, item = math.ceil(len(params) / world.size), first.shape
-            starts, sizes = [i % world.size * share + i // world.size for i in range(len(params))], [1] * len(params)
+def make_shards(config: Config, masters: dict[str, Tensor], world: World) -> Shards:
+    """The masters and their optimizer state: Muon's and AdamW's moments."""
+    shards = Shards(masters, optimizer_groups(config, list(masters)), world)
+    for bucket in shards.buckets:
+        shard = bucket.grad_shard  # of the dtype that state has
+        if bucket.group.method == "muon":
+            shards.add_state(bucket, "momentum", torch.zeros_like(shard))
+            mean_square = shard.mean(dim=reduced_dim(shard), keepdim=True)
+            shards.add_state(bucket, "second_moment", torch.zeros_like(mean_square))
         else:
-            share, item = math.ceil(sum(sizes) / world.size), ()
-            starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.spans = {name: slice(a, a + n) for name, a, n in zip(params, starts, sizes, strict=True)}
-        self.own = slice(world.rank * share, (world.rank + 1) * share)
-        self.values = torch.zeros(share * world.size, *item, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros_like(self.values, dtype=torch.promote_types(first.dtype, torch.float32))
-        for name, p in params.items():
-            self.view(self.values, name).copy_(p.detach())
-            p.grad_dtype = self.grads.dtype
-        self.use(self.values, self.grads)
-        own = self.grads[self.own]
-        if self.kind == "muon":
-            second = own.mean(-1 if item[0] >= item[1] else -2, keepdim=True)
-            self.state = {"momentum": torch.zeros_like(own), "second": torch.zeros_like(second)}
-            self.lr = group["lr"] * math.sqrt(max(1, item[0] / item[1]))
-        else:
-            self.state = {"exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)}
-            self.lr = group["lr"]
-        self.moments = tuple(self.state.values())
-
-    def view(self, buffer: Tensor, name: str) -> Tensor:
-        """A parameter's part of a buffer, in its shape or that of its state."""
-        part = buffer[self.spans[name]]
-        return part[0] if self.kind == "muon" else part.view(self.params[name].shape)
-
-    def use(self, values: Tensor, grads: Tensor) -> None:
-        """Let the parameters' data and gradients be views of these buffers."""
-        for name, p in self.params.items():
-            p.data, p.grad = self.view(values, name), self.view(grads, name)
-
-    def whole(self, part: Tensor) -> Tensor:
-        """The parts of all processes together; collective."""
-        buffer = part.new_empty(part.size(0) * self.world.size, *part.shape[1:])
-        if self.world.size > 1:
-            all_gather(buffer, part, group=self.world.group)
-        return buffer if self.world.size > 1 else part
+            shards.add_state(bucket, "exp_avg", torch.zeros_like(shard))
+            shards.add_state(bucket, "exp_avg_sq", torch.zeros_like(shard))
+    return shards
 
 
-class MuonAdamW:
-    """Muon for matrices, AdamW for tables and scalars, with the state sharded over the processes.
+class Optimizer:
+    """Muon and AdamW on sharded masters."""
 
-    As in ZeRO-2 (arXiv 1910.02054), every process holds all weights and gradients but the optimizer state of its part
-    alone. A step starts to sum the gradients of all buckets onto their owners, then for each bucket in turn waits,
-    updates the own part and starts to gather the result: communication overlaps with the updates.
-    """
+    def __init__(self, shards: Shards, muon_dtype: torch.dtype, compiled: bool):
+        """muon_dtype: of the orthogonalization."""
+        self.shards = shards
+        self.muon_dtype = muon_dtype
+        self.muon_update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
-    def __init__(self, model: GPT, groups: list[dict], world: World, dtype: torch.dtype, compile: bool = False):
-        params = dict(model.named_parameters())
-        assert sorted(n for g in groups for n in g["params"]) == sorted(params), "each parameter must be in one group"
-        self.buckets: list[Bucket] = []
-        for group in groups:  # a bucket for each group of AdamW, for each shape of Muon
-            shapes = sorted({params[name].shape if group["kind"] == "muon" else () for name in group["params"]})
-            for shape in shapes:
-                names = [name for name in group["params"] if shape in (params[name].shape, ())]
-                self.buckets.append(Bucket({name: params[name] for name in names}, group, world))
-        self.buckets.sort(key=lambda bucket: -bucket.values.numel())
-        self.moved = [bucket for bucket in self.buckets if bucket.group["moved"]]
-        self.world, self.dtype, self.steps = world, dtype, 0
-        self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
+    def step(self, step: int, values: Scheduled) -> None:
+        """Update the masters from shards.grads.
+
+        ZeRO-2 (arXiv 1910.02054): a process receives the summed gradients of its shard, updates that shard, and gathers
+        the others' masters.
+        """
+        for bucket, grad in self.shards.reduce():
+            self.update(bucket, grad, step, values)
+            self.shards.gather(bucket)
+        self.shards.wait()
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, mu: float, alone: bool = False) -> None:
-        """Update the parameters from their gradients, and clear these. lr and weight_decay multiply the table's.
+    def update(self, bucket: Bucket, grad: Tensor, step: int, values: Scheduled) -> None:
+        """Update this process's shard of a bucket.
 
-        `alone`: without communication, to compile it.
+        lr, decay, mu and t are 0-d CPU tensors, because a compiled update compiles again for every new Python number.
         """
-        self.steps += 1
-        dtype = self.buckets[0].grads.dtype
-        lr, decay, mu, step = (torch.tensor(value, dtype=dtype) for value in (lr, weight_decay, mu, self.steps))
-        parts, sums, gathers = [bucket.grads[bucket.own] for bucket in self.buckets], [], []
-        if self.world.size > 1 and not alone:
-            parts = [torch.empty_like(part) for part in parts]
-            for part, bucket in zip(parts, self.buckets, strict=True):
-                sums.append(reduce_scatter(part, bucket.grads, group=self.world.group, async_op=True))
-        for i, bucket in enumerate(self.buckets):
-            if sums:
-                sums[i].wait()
-            own, rates = bucket.values[bucket.own], (bucket.lr * lr, bucket.group["weight_decay"] * decay)
-            if bucket.kind == "muon":
-                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype, bucket.group["row_norm"])
-            else:
-                adamw_update(own, parts[i], *bucket.moments, *rates, *bucket.group["betas"], step)
-            if sums:
-                gathers.append(all_gather(bucket.values, own, group=self.world.group, async_op=True))
-        for gather in gathers:
-            gather.wait()
-        self.zero_grad()
-
-    def zero_grad(self) -> None:
-        for bucket in self.buckets:
-            bucket.grads.zero_()
-
-    def broadcast_values(self) -> None:
-        """Give all processes the parameters of the main one; collective."""
-        for bucket in self.buckets:
-            self.world.broadcast(bucket.values)
-
-    def state_dict(self) -> dict:
-        """The whole state by parameter, on the CPU, whatever the number of processes; collective, empty but in main."""
-        state: dict[str, dict[str, Tensor]] = {}
-        for bucket in self.buckets:
-            for key, part in bucket.state.items():
-                whole = bucket.whole(part)
-                for name in bucket.params if self.world.is_main else ():
-                    state.setdefault(name, {})[key] = bucket.view(whole, name).to("cpu", copy=True)
-        return {"steps": self.steps, "state": state} if self.world.is_main else {}
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Take up a state_dict of the main process, written by any number of processes; collective."""
-        self.steps = self.world.on_main(lambda: saved["steps"])
-        for bucket in self.buckets:
-            for key, part in bucket.state.items():
-                whole = part.new_zeros(part.size(0) * self.world.size, *part.shape[1:])
-                for name in bucket.params if self.world.is_main else ():
-                    bucket.view(whole, name).copy_(saved["state"][name][key])
-                self.world.broadcast(whole)
-                part.copy_(whole[bucket.own])
-
-
-def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype, compile: bool) -> MuonAdamW:
-    """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it.
-
-    Where a readout needs it, each process keeps its part of a moving average of the weights beside the state.
-    """
-    groups = optimizer_groups(config, [name for name, _ in model.named_parameters()])
-    in_bfloat16 = world.cuda and dtype == torch.bfloat16
-    wide = torch.promote_types(dtype, torch.float32)
-    optimizer = MuonAdamW(model, groups, world, dtype if in_bfloat16 else wide, compile)
-    for bucket in optimizer.buckets if config.readout == "ema" else ():
-        bucket.state["average"] = torch.zeros_like(bucket.grads[bucket.own])
-    return optimizer
-
-
-@torch.no_grad()
-def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
-    """The end of an optimizer step: the weights change and, if it is their turn, enter their moving average."""
-    values, share = schedule(plan, step), average_share(plan, step)
-    optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
-    for bucket in optimizer.buckets if share else ():
-        average = bucket.state["average"]
-        average.lerp_(bucket.values[bucket.own].to(average.dtype), share)
-
-
-@torch.no_grad()
-def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, eta: float) -> None:
-    """Add the gradient of a virtual rank to the parameters' .grad, with or without the meta-gradient step.
-
-    halves: two functions that run forward and backward over half of its micro-steps each, into the gradients of
-    `weights`; or one that does all of it. For the second half the matrices of the groups marked `moved` are moved by
-    eta down the first half's gradient (one norm over all of them). The moved point is made from the float32 masters and
-    rounded once; the masters are never written to.
-    """
-
-    def run(half) -> None:
-        weights.refresh()
-        with torch.enable_grad():
-            half()
-        weights.pull_back()
-
-    if len(halves) == 1:
-        return run(halves[0])
-    for bucket in optimizer.moved:
-        bucket.probe = torch.zeros_like(bucket.grads) if bucket.probe is None else bucket.probe.zero_()
-        bucket.use(bucket.values, bucket.probe)
-    run(halves[0])
-    length = torch.stack([bucket.probe.norm() for bucket in optimizer.moved]).norm().clamp_min(1e-30)
-    for bucket in optimizer.moved:
-        bucket.grads.add_(bucket.probe)
-        bucket.use(bucket.probe.mul_(-eta / length).add_(bucket.values), bucket.grads)
-    run(halves[1])
-    for bucket in optimizer.moved:
-        bucket.use(bucket.values, bucket.grads)
+        group = bucket.group
+        state = bucket.state
+        scalar = partial(torch.tensor, dtype=grad.dtype)
+        lr = scalar(group.lr * values.lr)
+        decay = scalar(group.weight_decay * values.weight_decay)
+        if group.method == "muon":
+            mu = scalar(values.momentum)
+            moments = state["momentum"], state["second_moment"]
+            self.muon_update(bucket.shard, grad, *moments, lr, decay, mu, self.muon_dtype, group.row_norm)
+        else:
+            t = scalar(step + 1)
+            adamw_update(bucket.shard, grad, state["exp_avg"], state["exp_avg_sq"], lr, decay, group.betas, t)
 
 
 # ======================================================================================================================
@@ -1275,44 +866,47 @@ def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, et
 
 
 def warmdown(config: Config, step: int, num_steps: int) -> float:
-    """1, then falling to 0 over the last part of the run, linearly or as a square root."""
+    """1, then down to 0 over the last `warmdown` of the steps: as a square root, or linear."""
     length = round(config.warmdown * num_steps)
-    left = 1.0 if step < num_steps - length else (num_steps - step) / length
-    return left if config.warmdown_shape == "linear" else math.sqrt(left)
+    linear = min(1.0, (num_steps - step) / length) if length else 1.0
+    return math.sqrt(linear) if config.warmdown_shape == "sqrt" else linear
+
+
+def first_cycle(config: Config, num_steps: int) -> float:
+    """Where the cycles of the last swa_epochs begin, in steps, not rounded."""
+    return num_steps - config.swa_epochs * (num_steps / config.num_epochs)
 
 
 def swa_cycle(config: Config, step: int, num_steps: int) -> float | None:
-    """Position, 0 to 1, in the epoch-long cycles of stochastic weight averaging (arXiv 1803.05407); None before."""
-    epoch_steps = num_steps / config.num_epochs
-    start = num_steps - config.swa_epochs * epoch_steps
-    return (step - start) / epoch_steps % 1.0 if step >= start else None
+    """Position, 0 to 1, within a cycle, which is as long as an epoch; None before the first.
+
+    The ends of these cycles are the weights that are kept for the readout (SWA, arXiv 1803.05407).
+    """
+    start = first_cycle(config, num_steps)
+    if step < start:
+        return None
+    return (step - start) / (num_steps / config.num_epochs) % 1.0
 
 
 def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
-    """The warmdown; in the cycles, half a cosine from there to 0.05."""
-    level, cycle = warmdown(config, step, num_steps), swa_cycle(config, step, num_steps)
-    return level if cycle is None else 0.05 + (max(level, 0.05) - 0.05) * (1 + math.cos(math.pi * cycle)) / 2
+    """The warmdown; in each cycle half a cosine, from the warmdown down to 0.05."""
+    level = warmdown(config, step, num_steps)
+    position = swa_cycle(config, step, num_steps)
+    if position is None:
+        return level
+    return 0.05 + (max(level, 0.05) - 0.05) * (1 + math.cos(math.pi * position)) / 2
 
 
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
-    """1 for 40% of the steps, then linear to 0.65 where the cycles begin; in each cycle linear from 0.65 to 1.5."""
-    cycle = swa_cycle(config, step, num_steps)
+    """1 for 40% of the steps, then linear down to 0.65 where the cycles begin; in each cycle linear up to 1.5."""
     if not config.decay_schedule:
         return 1.0
-    if cycle is not None:
-        return 0.65 + (1.5 - 0.65) * cycle
-    hold, end = 0.4 * num_steps, num_steps * (1 - config.swa_epochs / config.num_epochs)
-    return 1.0 - (1.0 - 0.65) * (step - hold) / (end - hold) if step > hold else 1.0
-
-
-def average_share(plan: Plan, step: int) -> float:
-    """Share that the weights after a step take in their moving average, 0 if it is not their turn.
-
-    It begins as a copy of them after 90% of the steps, and then takes 5% every 10 steps.
-    """
-    since = step + 1 - round(0.9 * plan.num_steps)
-    its_turn = plan.config.readout == "ema" and since >= 0 and since % 10 == 0
-    return (0.05 if since else 1.0) if its_turn else 0.0
+    position = swa_cycle(config, step, num_steps)
+    if position is not None:
+        return 0.65 + (1.5 - 0.65) * position
+    hold_until = 0.4 * num_steps
+    low_at = max(hold_until, first_cycle(config, num_steps))
+    return float(np.interp(step, [hold_until, low_at], [1.0, 0.65]))
 
 
 def muon_momentum(step: int) -> float:
@@ -1320,86 +914,47 @@ def muon_momentum(step: int) -> float:
     return 0.85 + 0.1 * min(step / 300, 1.0)
 
 
+def meta_step(config: Config, step: int, num_steps: int) -> float:
+    """Length of the meta-gradient's step; 0 without it. It follows the warmdown, but not the cycles."""
+    return config.meta_step * warmdown(config, step, num_steps) if config.meta_gradient else 0.0
+
+
+def windows_of(config: Config, epoch: int) -> tuple[int, int]:
+    """The short and the long attention window of an epoch, counted from 1."""
+    return next(stage.windows for stage in config.window_stages if epoch <= stage.last_epoch)
+
+
+def replays(config: Config, epoch: int) -> bool:
+    """Whether an epoch, counted from 1, replays layers."""
+    return bool(0 < config.replay_from_epoch <= epoch)
+
+
 @dataclass(frozen=True)
-class Plan:
-    """What follows from the config and the number of training sequences of T + 1 tokens."""
+class Scheduled:
+    """The values of all schedules at a step: what the step uses is what the metrics record."""
 
-    config: Config
-    num_sequences: int
-
-    def __post_init__(self):
-        c, needed = self.config, 2 * self.config.batch_tokens // self.config.sequence_len
-        require(
-            self.epoch_micro_steps >= 2 * c.micro_steps,
-            f"the training data makes {self.num_sequences} sequences of {c.sequence_len} + 1 tokens, an epoch needs "
-            f"{needed}, two optimizer steps: use more data, or lower --batch-tokens or --sequence-len",
-        )
-
-    @property
-    def epoch_micro_steps(self) -> int:
-        """Micro-steps in an epoch; what does not fill one, of all virtual ranks, is left out."""
-        return self.num_sequences // (VIRTUAL_RANKS * self.config.micro_batch)
-
-    @property
-    def num_steps(self) -> int:
-        c = self.config
-        epoch_tokens = self.epoch_micro_steps * VIRTUAL_RANKS * c.micro_batch * c.sequence_len
-        return round(epoch_tokens * c.num_epochs / c.batch_tokens)
-
-    def first_micro_step(self, step: int) -> int:
-        """Micro-steps, counted over all epochs, that are done after `step` optimizer steps."""
-        return step * self.config.micro_steps
-
-    def tokens_done(self, step: int) -> int:
-        """Tokens that are trained on after `step` optimizer steps."""
-        return self.first_micro_step(step) * VIRTUAL_RANKS * self.config.micro_batch * self.config.sequence_len
-
-    def epochs_done(self, step: int) -> int:
-        """Epochs of which all micro-steps are done after `step` optimizer steps; the last step ends the last epoch."""
-        done = self.first_micro_step(step) // self.epoch_micro_steps
-        return done if step < self.num_steps else self.config.num_epochs
+    lr: float  # factor on the learning rates of the groups
+    weight_decay: float  # factor on the weight decay of the groups
+    momentum: float  # Muon's
+    meta_step: float  # length of the meta-gradient's step
+    windows: tuple[int, int]  # short and long attention window
+    softmax_scale: float  # of attention's logits; the model has it from the long window, as here
+    replay: bool  # whether layers are replayed
 
 
-def stage(plan: Plan, step: int) -> dict:
-    """What switches at the ends of epochs, as keyword arguments of the model: layer replay, (short, long) windows."""
-    c, epoch = plan.config, plan.epochs_done(step) + 1
-    windows = next((s.short, s.long) for s in c.window_stages if epoch <= s.last_epoch)
-    return {"replay": 0 < c.replay_from_epoch <= epoch, "windows": windows}
-
-
-def stage_changes(plan: Plan) -> dict[int, str]:
-    """The steps from which on other things are switched, the first included, and what the stage then is."""
-    said = [", ".join(f"{k} {v}" for k, v in stage(plan, step).items()) for step in range(plan.num_steps)]
-    return {step: text for step, text in enumerate(said) if step == 0 or text != said[step - 1]}
-
-
-def step_flops_per_token(plan: Plan, step: int) -> float:
-    """Floating-point operations of an optimizer step, per token."""
-    return flops_per_token(plan.config, **stage(plan, step))
-
-
-def pass_arguments(plan: Plan, step: int, micro_step: int) -> dict:
-    """What else the model needs for the training loss: the layers that stochastic depth drops."""
-    seed = plan.config.seed, step, micro_step
-    return {"dropped": draw_dropped(plan.config, stage(plan, step)["replay"], *seed)}
-
-
-def warm_up_arguments(config: Config, replay: bool, windows: tuple[int, int]) -> list[dict]:
-    """pass_arguments that lead to other graphs: no layer is dropped, all are."""
-    dropped = [None, [True] * (len(config.layer_order(replay)) + 1)]
-    return [{"dropped": flags} for flags in dropped[: 1 + (config.stochastic_depth > 0)]]
-
-
-def schedule(plan: Plan, step: int) -> dict[str, float]:
-    """The values of all schedules at a step."""
-    c, N = plan.config, plan.num_steps
-    return {
-        "lr": lr_multiplier(c, step, N),
-        "weight_decay": weight_decay_multiplier(c, step, N),
-        "momentum": muon_momentum(step),
-        "softmax_scale": c.yarn(stage(plan, step)["windows"][1])[1],
-        "meta_step": c.meta_step * warmdown(c, step, N) if c.meta_gradient else 0.0,
-    }
+def schedule(config: Config, step: int, plan: StepPlan) -> Scheduled:
+    """All of the above."""
+    epoch = plan.epoch[step] + 1
+    windows = windows_of(config, epoch)
+    return Scheduled(
+        lr=lr_multiplier(config, step, plan.num_steps),
+        weight_decay=weight_decay_multiplier(config, step, plan.num_steps),
+        momentum=muon_momentum(step),
+        meta_step=meta_step(config, step, plan.num_steps),
+        windows=windows,
+        softmax_scale=yarn_at(config, windows[1])[1],
+        replay=replays(config, epoch),
+    )
 
 
 # ======================================================================================================================
@@ -1408,697 +963,400 @@ def schedule(plan: Plan, step: int) -> dict[str, float]:
 
 
 def epoch_sequences(config: Config, split: Split, epoch: int) -> np.ndarray:
-    """The sequences of an epoch, counted from 1, in the order of training: (n, T + 1) uint16.
+    """The training sequences of an epoch, counted from 1, in the order of training: (n, T + 1) uint16.
 
     From epoch 2 on the documents are permuted, from their order in the epoch before. They are cut into sequences, which
-    are permuted in turn. Earlier records have a fixed order, or permute its micro-steps.
+    are permuted in turn. Earlier records take the sequences of the file, and permute the micro-steps.
     """
     length = config.sequence_len + 1
     seeds = range(2, epoch + 1)
     if config.shuffle == "documents":
         return shuffled_documents(split, length, document_seeds=seeds, sequence_seed=epoch + 1000)
-    return shuffled_micro_steps(split, length, config.micro_batch, seeds if config.shuffle == "micro_steps" else ())
+    return shuffled_micro_steps(split, length, config.micro_batch, seeds)
 
 
-def make_loader(plan: Plan, split: Split, virtual_ranks: range) -> Loader:
-    """The batches of these virtual ranks."""
+def micro_steps_per_epoch(config: Config, split: Split) -> int:
+    """Micro-steps of all virtual ranks in an epoch; the sequences that do not fill one are dropped."""
+    num_sequences = len(split.tokens) // (config.sequence_len + 1)
+    return num_sequences // (VIRTUAL_RANKS * config.micro_batch)
+
+
+def make_plan(config: Config, split: Split) -> StepPlan:
+    """How many steps the run has, and what each of them completes."""
+    epoch_micro_steps = micro_steps_per_epoch(config, split)
+    if epoch_micro_steps < 2 * config.micro_steps:
+        raise ValueError(
+            f"the training data makes {epoch_micro_steps} micro-steps per epoch, and two optimizer steps need "
+            f"{2 * config.micro_steps}: use more data, or lower --batch-tokens or --sequence-len"
+        )
+    num_steps = round(epoch_micro_steps * config.num_epochs / config.micro_steps)
+    micro_steps_done = np.arange(num_steps + 1) * config.micro_steps
+    epochs_done = micro_steps_done // epoch_micro_steps
+    epochs_done[-1] = config.num_epochs
+    stages = [make_stage(config, epoch) for epoch in range(1, config.num_epochs + 1)]
+    return StepPlan(
+        tokens=micro_steps_done * config.micro_step_tokens,
+        epoch=epochs_done,
+        stages=stages_of([stages[done] for done in epochs_done[:-1]]),
+    )
+
+
+def make_stage(config: Config, epoch: int) -> Stage:
+    """The stage that an epoch, counted from 1, belongs to: its windows, and whether it replays layers."""
+    windows = windows_of(config, epoch)
+    replay = replays(config, epoch)
+    name = f"windows {windows[0]}/{windows[1]}" + ", replay" * replay
+    layers = len(config.layer_order(replay))
+    heads = 2 if config.mtp_weight else 1
+    return Stage(name, flops_per_token(config, windows, replay), layers, layers, heads)
+
+
+def make_loader(config: Config, split: Split, plan: StepPlan, world: World) -> Loader:
+    """The batches of this process."""
     return Loader(
-        partial(epoch_sequences, plan.config, split),
-        plan.config.micro_batch,
-        micro_steps_before=np.array([plan.first_micro_step(step) for step in range(plan.num_steps + 1)]),
-        micro_steps_per_epoch=plan.epoch_micro_steps,
-        virtual_ranks=virtual_ranks,
+        make_epoch=partial(epoch_sequences, config, split),
+        micro_batch=config.micro_batch,
+        micro_steps_before=plan.tokens // config.micro_step_tokens,
+        micro_steps_per_epoch=micro_steps_per_epoch(config, split),
+        virtual_ranks=world.virtual_ranks,
     )
 
 
 # ======================================================================================================================
-# Validation
+# Training step
 # ======================================================================================================================
 
 
-MIXING = "probability"  # how the readout mixes its members: it averages their probabilities
+def moved_names(config: Config, names: list[str]) -> list[str]:
+    """The masters that the meta-gradient moves: all of Muon's matrices."""
+    if not config.meta_gradient:
+        return []
+    return [name for group in optimizer_groups(config, names) if group.method == "muon" for name in group.names]
 
 
-def member_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """In which a member of the readout keeps a parameter: matrices as they compute, lambdas and mixes as they are."""
-    return p.dtype if p.ndim < 2 or name.endswith("_mix") else dtype
+class Training:
+    """What training changes: the masters with their optimizer state, and the model that computes with them.
+
+    All that the next step depends on besides its number is in `shards`, which is what checkpoints hold.
+    """
+
+    def __init__(self, config: Config, world: World, dtype: torch.dtype, kernels: dict[str, str], compiled: bool):
+        self.config = config
+        self.world = world
+        self.shards = make_shards(config, init_masters(config, dtype, world.device), world)
+        self.masters = self.shards.masters
+        self.model = GPT(config, dtype, **kernels).to(world.device)
+        if compiled:
+            torch._dynamo.config.recompile_limit = 256  # graphs of a function: training, validation, windows, replay
+            self.model.compile_layers()
+        self.weights = ComputeWeights(self.model, block_names(config), block_weights)
+        in_bfloat16 = world.cuda and dtype == torch.bfloat16
+        self.optimizer = Optimizer(self.shards, dtype if in_bfloat16 else self.model.wide, compiled)
+        moved = moved_names(config, list(self.masters))
+        self.first_grads = {name: torch.zeros_like(self.shards.grads[name]) for name in moved}
+
+    def step(self, step: int, batch: Tensor, values: Scheduled) -> dict[str, Tensor]:
+        """One optimizer step -> this process's part of the losses, () each, which the session sums and reads later.
+
+        batch (virtual ranks, sequences, T + 1) int64, on the CPU.
+        """
+        if self.world.cuda:
+            batch = batch.pin_memory().to(self.world.device, non_blocking=True)
+        losses = torch.zeros(2, dtype=self.model.wide, device=self.world.device)
+        for virtual_rank, sequences in zip(self.world.virtual_ranks, batch, strict=True):
+            losses += self.add_gradient(step, virtual_rank, sequences, values)
+        self.optimizer.step(step, values)
+        self.shards.zero_grads()
+        return {"train_loss": losses[1], "train_loss_with_mtp": losses[0]}
+
+    def add_gradient(self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled) -> Tensor:
+        """Add a virtual rank's part of the mean gradient to shards.grads -> its part of the mean losses (2,).
+
+        The meta-gradient takes the second half's gradient at weights moved down the first half's. To first order that
+        also raises the inner product of the two: what is learned from some sequences then helps on others. A virtual
+        rank does this alone, so the number of processes makes no difference. sequences (n, T + 1) int64.
+        """
+        grads = self.shards.grads
+        weight = 1 / (VIRTUAL_RANKS * len(sequences))  # of a sequence
+        self.weights.refresh(self.masters)
+        if not self.config.meta_gradient:
+            losses = self.backward(step, virtual_rank, sequences, values, weight)
+            self.weights.pull_back(grads)
+            return losses
+        first, second = sequences.chunk(2)
+
+        # First half, at the weights themselves. The gradient of the matrices that will move is kept apart.
+        losses = self.backward(step, virtual_rank, first, values, weight)
+        torch._foreach_zero_(list(self.first_grads.values()))
+        self.weights.pull_back(grads | self.first_grads)
+
+        # Second half, with those matrices moved. The move is about 1e-5 per element, so it is made from the float32
+        # masters and rounded once; bfloat16 weights would lose it.
+        self.weights.refresh(self.masters | self.move(values.meta_step))
+        losses += self.backward(step, virtual_rank, second, values, weight, first_piece=len(first) // self.config.piece)
+        self.weights.pull_back(grads)
+        return losses
+
+    @torch.no_grad()
+    def move(self, length: float) -> dict[str, Tensor]:
+        """Add first_grads to shards.grads -> the masters moved by `length` down them, over all, in their memory."""
+        names, first_grads = list(self.first_grads), list(self.first_grads.values())
+        torch._foreach_add_([self.shards.grads[name] for name in names], first_grads)
+        norm = torch.stack(torch._foreach_norm(first_grads)).norm().clamp_min(1e-30)
+        torch._foreach_mul_(first_grads, -length / norm)
+        torch._foreach_add_(first_grads, [self.masters[name] for name in names])
+        return self.first_grads
+
+    def backward(
+        self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_piece: int = 0
+    ) -> Tensor:
+        """Accumulate the gradient in the model -> the losses (2,); both of the sequences' mean losses times weight.
+
+        sequences (n, T + 1) int64. Dropout is seeded by what is computed, whichever process computes it; stochastic
+        depth is drawn for a micro-step, and the same on all virtual ranks.
+        """
+        c = self.config
+        totals = torch.zeros(2, dtype=self.model.wide, device=sequences.device)
+        for piece, rows in enumerate(sequences.split(c.piece), start=first_piece):
+            micro_step = piece * c.piece // c.micro_batch
+            dropped = draw_dropped(c, values.replay, step, micro_step)
+            for i, micro_batch in enumerate(rows.split(c.pass_sequences)):
+                self.world.seed(seed_of(c.seed, step, virtual_rank, piece, i))
+                tokens, targets = micro_batch[:, :-1], micro_batch[:, 1:]
+                loss, next_token_loss = self.model.training_loss(
+                    tokens, targets, values.windows, values.replay, dropped
+                )
+                part = weight * len(micro_batch)
+                (part * loss).backward()
+                totals += part * torch.stack([loss.detach(), next_token_loss])
+        return totals
+
+    def scorer(self, masters: dict[str, Tensor], values: Scheduled) -> Callable[[Tensor, Tensor], Tensor]:
+        """Load masters into the model -> the function that validation calls: 2 x (B, T) int64 -> (B, T) nats.
+
+        values: of a step whose windows and replay the validation takes.
+        """
+        self.weights.refresh(masters)
+
+        @torch.no_grad()
+        def token_losses(tokens: Tensor, targets: Tensor) -> Tensor:
+            self.model.eval()
+            losses = self.model.token_losses(tokens, targets, values.windows, values.replay)
+            self.model.train()
+            return losses
+
+        return token_losses
+
+    def warm_up(self, stages: list[Scheduled]) -> None:
+        """Compute once per stage all that the run will compute, at its shapes, on random tokens. Leaves no trace."""
+        with torch.random.fork_rng([self.world.device] if self.world.cuda else []):
+            for main_first in (True, False):  # the main process fills the compiler's cache for the others
+                if self.world.is_main == main_first:
+                    for values in stages:
+                        self.warm_up_stage(values)
+                    for bucket in self.shards.buckets:  # without a gradient and at a learning rate of 0: no change
+                        self.optimizer.update(bucket, bucket.grad_shard, 0, replace(stages[0], lr=0.0))
+                self.world.sum([0])
+        self.optimizer.step(0, replace(stages[0], lr=0.0))  # connects the processes
+
+    def warm_up_stage(self, values: Scheduled) -> None:
+        """One virtual rank's gradient and one batch of validation. Stochastic depth may drop any block or keep it."""
+        c = self.config
+        device = self.world.device
+        sequences = torch.randint(c.vocab_size, (c.micro_steps * c.micro_batch, c.sequence_len + 1), device=device)
+        self.add_gradient(0, 0, sequences, values)
+        rows = sequences[: c.pass_sequences]
+        calls = range(len(c.layer_order(values.replay)) + 1)
+        for dropped in [(), calls] if c.stochastic_depth else []:
+            loss, _ = self.model.training_loss(rows[:, :-1], rows[:, 1:], values.windows, values.replay, dropped)
+            loss.backward()
+        self.weights.zero_sums()
+        self.shards.zero_grads()
+        batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
+        self.scorer(self.masters, values)(batch[:, :-1], batch[:, 1:])
 
 
-def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeights, dict]:
-    """-> (The model of a finished run, not filled; its compute weights, to refresh then; members.json)."""
-    saved = json.loads((run_dir / "config.json").read_text())
-    require(saved["track"] == TRACK, f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
-    config, final = Config(**saved["config"]), json.loads((run_dir / "final" / "members.json").read_text())
-    dtype = compute_dtype(config.dtype, device)
-    model = build(config, device, dtype, attention=choose_attention("auto", config, device, dtype)).eval()
-    return model, ComputeWeights(model, dtype, requires_grad=False), final
+# ======================================================================================================================
+# Readout
+# ======================================================================================================================
 
 
-def load_members(run_dir: str | Path, device: str | torch.device):
+def member_weights(masters: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is kept of masters for the readout: matrices as the model computes with them, lambdas and mixes as they are.
+
+    The heads are not mixed yet.
+    """
+    return {name: p if p.ndim < 2 or name.endswith("_mix") else p.to(dtype) for name, p in masters.items()}
+
+
+def average_weights(run: Session, weights: dict[str, float]) -> dict[str, Tensor]:
+    """The weighted sum of members, float32 or wider. weights: by the name of the member."""
+    average: dict[str, Tensor] = {}
+    for member, weight in weights.items():
+        for name, p in run.load_member(member).items():
+            term = weight * p.to(torch.promote_types(p.dtype, torch.float32))
+            average[name] = average[name] + term if name in average else term
+    return average
+
+
+def average_probabilities(nats: dict[str, dict[str, Tensor]], weights: dict[str, float]) -> dict[str, Tensor]:
+    """Nats of the weighted average of members' probabilities, by split. nats, weights: by the name of the member."""
+    splits = next(iter(nats.values()))
+    return {s: mix_probabilities([nats[member][s] for member in weights], list(weights.values())) for s in splits}
+
+
+def read_out(run: Session, train: Training) -> int:
+    """Score the averages of weights and of probabilities, the declared one last -> exit code.
+
+    Every member is evaluated as in the last step: with its windows, rotary tables, scale and replay. The members go
+    into the model only: the masters stay those of the last step, so an interrupted readout can start again from the
+    checkpoint.
+    """
+    members = run.members[-run.config.readout_epochs :]
+    total = sum(range(1, len(members) + 1))
+    recency = {member: (i + 1) / total for i, member in enumerate(members)}  # 1:2:3, the newest heaviest
+    values = schedule(run.config, run.step - 1, run.plan)
+
+    nats = {}
+    for member in members:  # each is loaded once
+        nats[member] = run.token_nats(train.scorer(run.load_member(member), values))
+        if nats[member] is None:
+            return run.stopped(train.shards)
+    average = average_probabilities(nats, recency)
+    readout = "probability_average" if len(members) > 1 else "last"
+    if len(members) > 1:
+        equal = dict.fromkeys(members, 1 / len(members))
+        run.read_out("probability_average_equal_weights", average_probabilities(nats, equal))
+        if not run.read_out("weight_average", train.scorer(average_weights(run, recency), values)):
+            return run.stopped(train.shards)
+    run.read_out(readout, average)
+    stage = {"windows": values.windows, "replay": values.replay}
+    return run.finish(readout, average, mixing="probability", members=recency, stage=stage)
+
+
+def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tuple[float, Callable]]:
     """The members of a finished run's readout, loaded one at a time: yields (weight, log_probs).
 
     log_probs maps tokens (B, T) int64 to log-probabilities of the next token (B, T, V) float32, until the next member
-    is loaded (ValueError after that). The weights sum to 1, and MIXING says how the members are mixed.
+    is loaded (ValueError after that). The weights sum to 1; members.json says how the members are mixed.
     """
-    run_dir, device = Path(run_dir), torch.device(device)
-    model, weights, final = load_finished(run_dir, device)
+    device = torch.device(device)
+    saved, final = finished_run(Path(run_dir), "two_hour")
+    config = Config(**saved["config"])
+    dtype = compute_dtype(config.dtype, device)
+    attention = choose_attention("auto", config.n_embd // config.n_head, device, dtype)
+    model = GPT(config, dtype, attention).to(device).eval().requires_grad_(False)
+    loaded: list[dict] = []
 
     @torch.no_grad()
     def log_probs(member: dict, tokens: Tensor) -> Tensor:
-        require(loaded[-1] is member, "the next member has taken this one's place: use them one at a time")
-        return model.log_probs(tokens.to(device), weights.tensors, **final["stage"]).float()
+        if loaded[-1] is not member:
+            raise ValueError("the next member has taken this one's place: use them one at a time")
+        return model.log_probs(tokens.to(device), **final["stage"]).float()
 
-    loaded: list[dict] = []
     for member in final["members"]:
-        model.load_state_dict(load_file(run_dir / "final" / member["file"]))
-        weights.refresh()
+        masters = load_weights(Path(run_dir) / "final" / member["file"], dtype)
+        model.load_state_dict(compute_weights(masters, block_names(config), block_weights))
         loaded.append(member)
         yield member["weight"], partial(log_probs, member)
 
 
 # ======================================================================================================================
-# Train
+# main
 # ======================================================================================================================
 
 
-class Trainer:
-    """A training run: its state, and its phases warm_up, resume and fit. What follows is finish."""
-
-    def __init__(self, config: Config, world: World, run: RunFolder, plan: Plan, splits: dict[str, Split], lengths):
-        self.config, self.world, self.run, self.plan, self.splits = config, world, run, plan, splits
-        self.dtype = compute_dtype(config.dtype, world.device)
-        self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
-        self.kernels = choose_kernels(config, world.device, self.dtype)
-        self.model = build(config, world.device, self.dtype, **self.kernels)
-        torch.manual_seed(config.seed)
-        self.model.init_weights()
-        if self.compiled:
-            torch._dynamo.config.recompile_limit = 256  # graphs of a function: training, validation, windows, replay
-            self.model.compile_layers()
-        self.num_parameters = sum(p.numel() for p in self.model.parameters())
-        self.optimizer = build_optimizer(config, self.model, world, self.dtype, self.compiled)
-        self.optimizer.broadcast_values()
-        self.weights = ComputeWeights(self.model, self.dtype)
-        self.loader = make_loader(plan, splits["train"], world.virtual_ranks)
-        self.eval_sets = {
-            name: EvalSet(split, config.sequence_len, config.val_sequences, config.eval_batch, world, lengths)
-            for name, split in splits.items()
-            if name in ("val", "holdout")
-        }
-        costs = [step_flops_per_token(plan, step) for step in range(plan.num_steps)]
-        self.tokens = np.array([plan.tokens_done(step) for step in range(plan.num_steps + 1)])  # before a step
-        self.flops = np.cumsum([0.0, *(costs * np.diff(self.tokens))])  # of all steps before a step
-        self.stages = stage_changes(plan)
-        self.clock, self.started, self.earlier_wall_s = Clock(), time.monotonic(), 0.0  # started: of this process
-        self.step, self.stopped_by, self.signal, self.signal_at = 0, "", "", 0.0
-        self.readouts: dict[str, float] = {}  # validation losses by name
-        self.members: list[dict] = []  # weights kept for the readout: file, epoch, step
-        self.unsaved: dict[str, dict[str, Tensor]] = {}  # those not on the disk yet, by file
-        self.pending: deque = deque()  # steps under way: (step, function that waits for its losses)
-        self.unprinted_s: list[float] = []  # durations of the steps since the last printed line
-        self.last_checkpoint, self.checkpoint_due, self.checkpoint_failure = time.monotonic(), False, ""
-
-    # ------------------------------------------------------------------------------------------------ an optimizer step
-
-    def pieces(self, micro_steps: Tensor) -> list[tuple[int, Tensor]]:
-        """(k, b, T + 1) of a virtual rank -> (micro-step, sequences); the meta-gradient halves a single micro-step."""
-        if self.config.halves_batches:
-            return [(0, half) for half in micro_steps[0].chunk(2)]
-        return list(enumerate(micro_steps))
-
-    def backward(self, rows: Tensor, share: float, **how) -> Tensor:
-        """Forward and backward of sequences (B, T + 1), weighted -> weighted (loss, next-token loss), (2,)."""
-        tokens, targets = rows[:, :-1], rows[:, 1:]
-        losses = self.model.training_loss(tokens, targets, self.weights.tensors, **how)
-        (losses[0] * share).backward()
-        return torch.stack(losses).detach() * share
-
-    def run_pieces(self, step: int, v: int, pieces: list, share: float, totals: Tensor) -> None:
-        """Accumulate gradients and losses of pieces of virtual rank v. Dropout is seeded by what they are."""
-        c = self.config
-        for index, (micro_step, rows) in pieces:
-            how = stage(self.plan, step) | pass_arguments(self.plan, step, micro_step)
-            for i, chunk in enumerate(rows.split(c.device_rows)):
-                self.world.seed(seed_of(c.seed, step, v, index, i))
-                totals += self.backward(chunk, share * len(chunk) / len(rows), **how)
-
-    def train_step(self, step: int):
-        """Enqueue an optimizer step -> a function that waits for it and returns this process' share of the losses."""
-        eta, batch = schedule(self.plan, step)["meta_step"], self.loader.batch(step)
-        if self.world.cuda:
-            batch = batch.pin_memory().to(self.world.device, non_blocking=True)
-        batch = batch.unflatten(1, (-1, self.config.micro_batch))  # (virtual ranks, micro-steps, micro-batch, T + 1)
-        totals = torch.zeros(2, dtype=self.model.x0_lambdas.dtype, device=self.world.device)
-        for v, micro_steps in zip(self.world.virtual_ranks, batch, strict=True):
-            pieces = list(enumerate(self.pieces(micro_steps)))
-            middle = len(pieces) // 2
-            halves = [pieces[:middle], pieces[middle:]] if self.config.meta_gradient else [pieces]
-            run = partial(self.run_pieces, step, v, share=1 / (VIRTUAL_RANKS * len(pieces)), totals=totals)
-            add_gradient(self.weights, self.optimizer, [partial(run, half) for half in halves], eta)
-        update_weights(self.optimizer, self.plan, step)
-        if not self.world.cuda:
-            return totals.tolist
-        host, event = torch.empty_like(totals, device="cpu", pin_memory=True), torch.cuda.Event()
-        host.copy_(totals, non_blocking=True)
-        event.record()
-        return lambda: (event.synchronize(), host.tolist())[1]
-
-    def token_losses(self, tokens: Tensor, targets: Tensor, **how) -> Tensor:
-        """What validation scores: 2 x (B, T) -> (B, T)."""
-        self.model.eval()
-        with torch.no_grad():
-            losses = self.model.token_losses(tokens, targets, self.weights.tensors, **how)
-        self.model.train()
-        return losses
-
-    def warm_up(self) -> None:
-        """Check the kernels; run every graph that the run will need, on random tokens; leave no trace of it."""
-        c, device = self.config, self.world.device
-        check_kernels(c, device, **self.kernels)
-        stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
-        with torch.random.fork_rng([device] if self.world.cuda else []):
-            for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
-                for how in stages.values() if self.world.is_main == main_turn else ():
-                    shape = (c.micro_steps, c.micro_batch, c.sequence_len + 1)  # graphs depend on shapes and strides
-                    rows = self.pieces(torch.randint(c.vocab_size, shape, device=device))[0][1]
-                    for arguments in warm_up_arguments(c, **how):
-                        run = partial(self.backward, rows[: c.device_rows], 1.0, **how, **arguments)
-                        add_gradient(self.weights, self.optimizer, [run] * (1 + c.meta_gradient), 0.0)
-                    batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
-                    self.token_losses(batch[:, :-1], batch[:, 1:], **how)
-                self.optimizer.zero_grad()
-                if self.world.is_main == main_turn:
-                    self.optimizer.step(0.0, 0.0, 0.95, alone=True)  # no gradient and no rate: it changes nothing
-                self.world.sum([0])
-        self.optimizer.step(0.0, 0.0, 0.95)  # connects the processes
-        self.optimizer.steps = 0
-
-    # --------------------------------------------------------------------------------------------------- training loop
-
-    def fit(self) -> None:
-        """Train until the last step, the time cap or a signal; `stopped_by` says which."""
-        keep = 1 if self.world.cuda else 0  # losses are read one step late, so that the GPU never waits
-        projection_at = self.step + 10
-        if self.any_signal():
-            self.stopped_by = self.stopped_by or "signal"
-        if self.step == 0 and self.config.eval_initial and not self.stopped_by:
-            self.validate("initial")
-        self.clock.start()
-        while self.step < self.plan.num_steps and not self.stopped_by:
-            self.pending.append((self.step, self.train_step(self.step)))
-            self.step += 1
-            self.settle(keep)
-            if self.step == projection_at:
-                self.print_projection()
-            epoch_ends = self.plan.epochs_done(self.step) > self.plan.epochs_done(self.step - 1)
-            self.agree()
-            if epoch_ends or self.checkpoint_due or self.stopped_by:
-                self.settle(0)
-                self.clock.stop()
-                if epoch_ends or self.stopped_by == "time_cap":
-                    self.end_epoch(complete=epoch_ends)
-                self.save_checkpoint()
-                if self.stopped_by == "signal":
-                    self.run.draw_curve(self.stages)
-                self.clock.start()
-        self.clock.stop()
-        self.stopped_by = self.stopped_by or "steps"
-
-    def take_signal(self, number: int, frame) -> None:
-        """Stop after the step under way.
-
-        A second signal soon after is the same stop, from a scheduler and from torchrun; a later one ends the process.
-        """
-        now = time.monotonic()
-        if self.signal and now - self.signal_at > 5:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        elif not self.signal:
-            self.signal, self.signal_at = signal.Signals(number).name, now
-
-    def any_signal(self) -> bool:
-        """Whether a process got one; collective."""
-        return self.world.sum([bool(self.signal)])[0] > 0
-
-    def settle(self, keep: int) -> None:
-        """Wait for all steps but the newest `keep`, and record them."""
-        while len(self.pending) > keep:
-            step, losses = self.pending.popleft()
-            local = losses()
-            dt_s = self.clock.lap()
-            loss, lm_loss = self.world.sum(local)
-            self.record_step(step, dt_s, loss, lm_loss)
-            if not math.isfinite(loss):
-                self.fail("training", loss, step)
-
-    def agree(self) -> None:
-        """Before each step, all processes decide together whether to stop, or to write a checkpoint after it."""
-        c, over_cap = self.config, False
-        if self.step < self.plan.num_steps:
-            over_cap = self.clock.next_step_exceeds(60 * c.time_cap_min, steps_in_flight=len(self.pending))
-        due = time.monotonic() - self.last_checkpoint >= 60 * c.checkpoint_min
-        over_cap, stop, due = self.world.sum([over_cap, bool(self.signal), due])
-        self.checkpoint_due = bool(due)
-        if not self.stopped_by:
-            self.stopped_by = "time_cap" if over_cap else "signal" if stop else ""
-
-    def record_step(self, step: int, dt_s: float, loss: float, lm_loss: float) -> None:
-        """A line of metrics.jsonl, the progress bar, and every log_every steps a printed line."""
-        c, N, done = self.config, self.plan.num_steps, step + 1
-        values = {
-            "step": done,
-            "epoch": self.plan.epochs_done(step) + 1,
-            "dt_s": dt_s,
-            "tokens": int(self.tokens[done]),
-        }
-        values |= {"train_loss": lm_loss, "train_loss_with_mtp": loss}
-        values |= schedule(self.plan, step) | stage(self.plan, step)
-        self.run.record(values, to_wandb=done % c.log_every == 0)
-        if step in self.stages and step > 0:
-            self.run.log(f"from step {done} on: {self.stages[step]}")
-        self.unprinted_s.append(dt_s)
-        step_s = statistics.mean(self.unprinted_s)
-        tokens_per_s = (self.tokens[done] - self.tokens[step]) / step_s
-        parts = [f"train {lm_loss:.4f}", f"lr {values['lr']:.2f}", f"{tokens_per_s / 1e3:.1f}k tok/s"]
-        if peak := peak_flops(self.world.device):
-            used = (self.flops[done] - self.flops[step]) / step_s / self.world.size
-            parts.append(f"{100 * used / peak:.1f}% mfu")
-        parts += [f"{step_s:.2f} s/step", f"eta {duration(self.remaining_s(done, step_s))}"]
-        printed = done % c.log_every == 0 or done == N
-        self.run.progress(done, N, parts, printed)
-        if printed:
-            self.unprinted_s = []
-
-    def remaining_s(self, step: int, step_s: float) -> float:
-        """Projected time of the steps from `step` on, at the rate of operations of steps that take `step_s`."""
-        last, ahead = self.flops[step] - self.flops[step - 1], self.flops[-1] - self.flops[step]
-        return step_s * ahead / last
-
-    def print_projection(self) -> None:
-        left_s = self.remaining_s(self.step, self.clock.step_s)
-        cap, total_min = self.config.time_cap_min, (self.clock.train_time_s + left_s) / 60
-        self.run.log(f"projected training time {total_min:.1f} min, cap {f'{cap:g} min' if cap else 'lifted'}")
-        if 0 < cap < total_min:
-            self.run.log("WARNING: training will stop early, at the cap; --time-cap-min 0 lifts it (not eligible then)")
-
-    def end_epoch(self, complete: bool) -> None:
-        """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
-        epoch = self.plan.epochs_done(self.step) + (not complete)
-        self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
-        last = epoch > self.config.num_epochs - self.config.kept_epochs
-        if last or (self.stopped_by == "time_cap" and self.config.kept_epochs):
-            self.keep_member(f"epoch_{epoch:02d}.safetensors", epoch)
-
-    def keep_member(self, file: str, epoch: int) -> None:
-        """Keep the weights as they are for the readout; save_members writes them to the disk."""
-        self.members.append({"file": file, "epoch": epoch, "step": self.step})
-        if self.world.is_main:
-            tensors = self.unsaved[file] = {}
-            for name, p in self.model.named_parameters():
-                tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
-
-    def validate(self, name: str) -> None:
-        """Score the model as it was trained in the epoch just finished."""
-        self.weights.refresh()
-        how, val = stage(self.plan, max(0, self.step - 1)), self.eval_sets["val"]
-        score = val.score(val.nats(partial(self.token_losses, **how)))
-        if not math.isfinite(score.loss):
-            self.fail("validation", score.loss, max(0, self.step - 1))
-        if self.step:
-            self.readouts[name] = score.loss
-        values = {"step": self.step, "epoch": self.plan.epochs_done(self.step)} | how
-        self.run.record(values | {"val_loss": score.loss, "val_bpb": score.bpb})
-        bpb = f" | {score.bpb:.4f} bits per byte" if score.bpb else ""
-        self.run.log(f"{name} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}")
-        self.run.draw_curve(self.stages)
-
-    # ----------------------------------------------------------------------------------------------------- checkpoints
-
-    def save_checkpoint(self) -> None:
-        """Write all that the run needs to go on from here. A failure is said, and does not end the run."""
-        started, tensors = time.monotonic(), training_state(self)
-        if self.world.is_main:
-            info = {"step": self.step, "train_time_s": self.clock.train_time_s, "wall_time_s": self.wall_time_s()}
-            info |= {"readouts": self.readouts, "members": self.members, "recent_s": [*self.clock.recent_s]}
-            info["stopped_by"] = self.stopped_by if self.stopped_by == "time_cap" else ""
-            failure = self.save_members() or self.run.save_checkpoint(tensors, info)
-            said = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
-            self.run.log(f"checkpoint at step {self.step} {said}, in {time.monotonic() - started:.1f} s")
-        self.checkpoint_failure = self.world.on_main(lambda: failure)
-        self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
-
-    def save_members(self) -> str:
-        """Write the readout's weights that are only in memory -> why they could not be written, empty if they were."""
-        for file in list(self.unsaved):
-            try:
-                write_atomically(self.run.path / "final" / file, partial(save_file, self.unsaved[file]))
-            except Exception as error:  # an OSError, or safetensors' own
-                return f"final/{file}: {error}"
-            member = next(member for member in self.members if member["file"] == file)
-            member["sha256"] = sha256_file(self.run.path / "final" / file)
-            del self.unsaved[file]
-        return ""
-
-    def resume(self) -> None:
-        """Take up the newest checkpoint of the run folder, or begin anew where there is none yet."""
-        tensors = {}
-
-        def read() -> dict | None:
-            content, info = self.run.load_checkpoint() or ({}, None)
-            tensors.update(content)
-            check_members(self.run, info["members"] if info else [])
-            self.run.drop_metrics_after(info["step"] if info else -1)
-            (self.run.path / "result.json").unlink(missing_ok=True)  # of an attempt that failed
-            return info
-
-        info = self.world.on_main(read)
-        if info is None:
-            return self.run.log("no checkpoint yet: starting from step 0")
-        restore(self, tensors)
-        self.step, self.stopped_by = info["step"], info["stopped_by"]
-        self.readouts, self.members = info["readouts"], info["members"]
-        self.clock.train_time_s, self.earlier_wall_s = info["train_time_s"], info["wall_time_s"]
-        self.clock.recent_s.extend(info["recent_s"])
-        done = f"step {self.step}/{self.plan.num_steps}, after {self.clock.train_time_s:.1f} s of training"
-        self.run.log(f"resumed at {done}")
-
-    def wall_time_s(self) -> float:
-        return self.earlier_wall_s + time.monotonic() - self.started
-
-    def fail(self, kind: str, loss: float, step: int) -> None:
-        """End the run (NonFiniteLoss), and keep what is needed to look at it: the step's tokens, all norms."""
-        if self.world.is_main:
-            path = self.run.path / "non_finite.pt"
-            tokens = make_loader(self.plan, self.splits["train"], range(VIRTUAL_RANKS)).batch(step)
-            norms = {name: p.detach().float().norm().item() for name, p in self.model.named_parameters()}
-            bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
-            content = {"step": step + 1, "loss": loss, "tokens": tokens, "norms": norms}
-            write_atomically(path, partial(torch.save, content))
-            result = {"track": TRACK, "status": "failed", "stopped_by": "non_finite_loss", "steps": step + 1}
-            write_json(self.run.path / "result.json", result | {"run_id": self.run.run_id})
-            kept = ", ".join(path.stem for path in self.run.checkpoints()) or "none, it begins anew"
-            self.run.log(f"{path} has the tokens and the norms of all parameters; not finite: {len(bad)}, {bad[:3]}")
-            self.run.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
-        raise NonFiniteLoss(f"the {kind} loss is {loss} at step {step + 1}")
-
-    def say_how_to_resume(self) -> int:
-        """-> the exit code: 0 if the checkpoint is saved."""
-        how = resume_command(self.world.size, self.run.path)
-        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; resume with: {how}")
-        return 1 if self.checkpoint_failure else 0
+def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
+    """What the run needs of memory and disk, from the shapes alone."""
+    masters = init_masters(config, dtype, torch.device("meta"))
+    shards = make_shards(config, masters, World(0, 1, torch.device("meta")))
+    elements = {name: p.numel() for name, p in masters.items()}
+    layers = sum(count for name, count in elements.items() if name.startswith("transformer.h."))
+    C = config.n_embd
+    positions = config.pass_sequences * config.sequence_len
+    return Sizes(
+        dtype=dtype,
+        parameters=sum(elements.values()),
+        layers=config.n_layer,
+        layer_parameters=layers / config.n_layer,
+        state_elements=sum(state.numel() for bucket in shards.buckets for state in bucket.state.values()),
+        moved_parameters=sum(elements[name] for name in moved_names(config, list(masters))),
+        master_bytes=sum(p.numel() * p.itemsize for p in masters.values()),
+        layer_bytes=(13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C,
+        pass_positions=positions,
+        logit_positions=min(CHUNK, positions),
+        padded_vocab=config.padded_vocab,
+        n_embd=C,
+        member_bytes=sum(p.numel() * p.itemsize for p in member_weights(masters, dtype).values()),
+        members=config.readout_epochs,
+    )
 
 
-def training_state(trainer: Trainer) -> dict:
-    """The tensors of a checkpoint; collective, of use in the main process alone."""
-    state = trainer.optimizer.state_dict()
-    return {"model": {name: p.detach() for name, p in trainer.model.named_parameters()}, "optimizer": state}
-
-
-def restore(trainer: Trainer, tensors: dict) -> None:
-    """Take up a training_state, which the main process has; collective."""
-    for name, p in trainer.model.named_parameters() if trainer.world.is_main else ():
-        p.data.copy_(tensors["model"][name])
-    trainer.optimizer.broadcast_values()
-    trainer.optimizer.load_state_dict(tensors.get("optimizer", {}))
-
-
-def check_members(run: RunFolder, members: list[dict]) -> None:
-    """Refuse to resume where weights of the readout are not as they were saved (ValueError)."""
-    for path, sha256 in ((run.path / "final" / member["file"], member["sha256"]) for member in members):
-        sound = path.exists() and sha256_file(path) == sha256
-        require(sound, f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
-
-
-def load_member(trainer: Trainer, member: dict) -> None:
-    """Put a member's weights into the model, from the disk or from memory."""
-    if trainer.world.is_main:
-        saved = trainer.unsaved.get(member["file"]) or load_file(trainer.run.path / "final" / member["file"])
-        for name, p in trainer.model.named_parameters():
-            p.data.copy_(saved[name])
-    trainer.optimizer.broadcast_values()
-    trainer.weights.refresh()
-
-
-def recency_weights(members: list[dict]) -> list[float]:
-    """1:2:3..., the newest heaviest; they sum to 1."""
-    return [(i + 1) / sum(range(len(members) + 1)) for i in range(len(members))]
-
-
-def add_to_average(trainer: Trainer, weight: float) -> None:
-    """Add the model's weights to an average, in the memory of the gradients, which have no other use any more."""
-    for bucket in trainer.optimizer.buckets:
-        bucket.grads.add_(bucket.values, alpha=weight)
-
-
-def use_average(trainer: Trainer) -> None:
-    """Put the average into the model, and clear it."""
-    for bucket in trainer.optimizer.buckets:
-        bucket.values.copy_(bucket.grads)
-    trainer.optimizer.zero_grad()
-    trainer.weights.refresh()
-
-
-def blend_with_average(trainer: Trainer) -> None:
-    """Make 0.7 of the last weights, which the model has, and 0.3 of their moving average the readout's only member."""
-    if any(average_share(trainer.plan, step) for step in range(trainer.step)):
-        for bucket in trainer.optimizer.buckets:
-            average = bucket.whole(bucket.state["average"])
-            bucket.values.copy_(bucket.values.to(average.dtype).lerp(average, 0.3))
-    else:
-        trainer.run.log("stopped before the moving average of the weights began: the last weights are read out")
-    trainer.keep_member("blend.safetensors", trainer.plan.epochs_done(trainer.step))
-
-
-def read_out(trainer: Trainer) -> tuple[Score, Score | None, dict] | None:
-    """The declared readout on the validation set and, once, on the holdout -> (val, holdout, members.json).
-
-    None if a signal comes. It averages the probabilities that the members give to each target. Recorded beside it,
-    if there are several: the same with equal weights, and the loss of the members' average weights.
-    """
-    if trainer.config.readout == "ema":
-        blend_with_average(trainer)
-    members, eval_sets = trainer.members[-max(1, trainer.config.kept_epochs) :], trainer.eval_sets
-    weights = recency_weights(members)
-    how, nats = stage(trainer.plan, trainer.step - 1), {name: [] for name in eval_sets}
-    losses = partial(trainer.token_losses, **how)
-    for weight, member in zip(weights, members, strict=True):
-        if trainer.any_signal():
-            return None
-        load_member(trainer, member)
-        for name, eval_set in eval_sets.items():
-            nats[name].append(eval_set.nats(losses))
-        add_to_average(trainer, weight)
-        member["weight"] = weight
-    scores = {name: eval_set.score(mix_probabilities(nats[name], weights)) for name, eval_set in eval_sets.items()}
-    final = {"mixing": MIXING, "stage": how, "members": members}
-    if len(members) == 1:
-        trainer.readouts["last_blended" if members[0]["file"] == "blend.safetensors" else "last"] = scores["val"].loss
-        return scores["val"], scores.get("holdout"), final
-    trainer.readouts["probability_average"] = scores["val"].loss
-    equal = mix_probabilities(nats["val"], [1.0] * len(members))
-    trainer.readouts["probability_average_equal_weights"] = eval_sets["val"].score(equal).loss
-    use_average(trainer)
-    trainer.readouts["weight_average"] = eval_sets["val"].score(eval_sets["val"].nats(losses)).loss
-    return scores["val"], scores.get("holdout"), final
-
-
-def save_final(trainer: Trainer, final: dict) -> str:
-    """Complete final/, with members.json, and drop what else is there -> why it failed, empty if it did not."""
-    for path in (trainer.run.path / "final").iterdir():
-        if path.name not in [member["file"] for member in final["members"]]:
-            path.unlink()
-    if trainer.save_members():  # the disk is full: the older checkpoint makes room
-        trainer.run.drop_checkpoints(keep=1)
-    return trainer.save_members() or try_to_write_json(trainer.run.path / "final" / "members.json", final)
-
-
-def make_result(trainer: Trainer, val: Score, holdout: Score | None) -> dict:
-    """What result.json says, but for eligibility."""
-    c, world, seconds = trainer.config, trainer.world, trainer.clock.train_time_s
-    tokens = trainer.plan.tokens_done(trainer.step)
-    hashes, folder = {split: shard.sha256 for split, shard in trainer.splits.items()}, trainer.run.path
-    peak = peak_flops(world.device)
-    return {
-        "track": TRACK, "status": "finished", "stopped_by": trainer.stopped_by, "run_id": trainer.run.run_id,
-        "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(trainer.readouts.values()),
-        "readouts": trainer.readouts, "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
-        "data_efficiency": data_efficiency(val.loss) if rules.is_official(hashes) else None,
-        "steps": trainer.step, "tokens": tokens, "epochs": trainer.plan.epochs_done(trainer.step),
-        "train_time_s": seconds, "wall_time_s": trainer.wall_time_s(), "time_cap_min": c.time_cap_min,
-        "seed": c.seed, "world_size": world.size, "device": device_name(world.device),
-        "dtype": str(trainer.dtype).removeprefix("torch."), "compiled": trainer.compiled, **trainer.kernels,
-        "mixing": MIXING,
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "peak_memory_gib": peak_memory(world.device) / GIB, "tokens_per_s": tokens / seconds,
-        "mfu": trainer.flops[trainer.step] / seconds / peak / world.size if peak else None,
-        "parameters": trainer.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
-        "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
-        "instrument_sha256": instrument_sha256(folder / "code" / "slowrun"),
-        "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
-    }  # fmt: skip
-
-
-def plan_lines(trainer: Trainer) -> dict[str, str]:
-    """What the header says of steps and stages, by the words in front."""
-    c = trainer.config
-    cap = f"cap {c.time_cap_min:g} min" if c.time_cap_min else "no cap (not eligible)"
-    return {
-        "plan": f"{trainer.plan.num_steps:,} steps of {c.batch_tokens:,} tokens, {c.num_epochs} epochs, {cap}",
-        "stages": "; ".join(f"from step {step + 1}: {text}" for step, text in trainer.stages.items()),
+def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> list[Kernel]:
+    """What computes where there is a choice; ValueError if what is wanted does not run."""
+    head_dim = config.n_embd // config.n_head
+    chosen = choose_attention(config.attention, head_dim, device, dtype)
+    pairs = {  # of window and scale, in all stages
+        (config.window(i, stage.windows), yarn_at(config, stage.windows[1])[1])
+        for stage in config.window_stages
+        for i in range(config.n_layer + 1)
     }
+    shape = config.sequence_len, config.n_head, head_dim
+    error = partial(attention_error, chosen, shape, sorted(pairs), device)
+    return [Kernel("attention", chosen, plain="sdpa", limit=0.05, error=error)]
 
 
-def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
-    """The first thing that a run prints."""
-    c, world, splits = trainer.config, trainer.world, trainer.splits
-    settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
-    data = f"{rules.describe_data(splits)}; bytes of tokens {bytes_from}"
-    device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
-    compiled = "compiled" if trainer.compiled else "not compiled"
-    kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
-    for name, (fallback, fast, *_) in KERNELS.items():
-        if world.cuda and (trainer.kernels[name], getattr(c, name)) == (fallback, "auto"):
-            kernels += f" (slower: --{name} {fast} says why not {fast})"
-    lines = {
-        "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
-        "command": shlex.join(saved["command"]),
-        "settings": settings,
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
-        "device": f"{device}, {kernels}, {compiled}, about {needed_gib:.2g} GiB per process",
-        "disk": disk,
-        "data": f"{c.data_dir}: {data}",
-        "model": f"{trainer.num_parameters:,} parameters",
-    } | plan_lines(trainer)
-    return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
+def end_epoch(run: Session, train: Training) -> None:
+    """Checkpoint, validate, and keep the weights if the readout needs them; also where the cap cuts an epoch short.
 
-
-def final_block(result: dict, folder: Path) -> str:
-    """The last thing that a run prints."""
-    bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
-    holdout = f"{result['holdout_loss']:.4f}" if result["holdout_loss"] is not None else "none"
-    because = "; ".join(result["not_eligible_because"])
-    several = len(result["final_sha256"]) > 2  # the members, and members.json
-    averaged = f"{result['mixing']}-averaged" if several else "one member"
-    ended = "finished" if result["stopped_by"] == "steps" else f"stopped by {result['stopped_by']}"
-    lines = [
-        f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
-        *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
-        f"val_loss   {result['val_loss']:.4f} ({averaged}){bpb}; best {result['best_val_loss']:.4f}",
-        f"holdout    {holdout}",
-        f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
-        f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "
-        f"in all {duration(result['wall_time_s'])}",
-        f"record     {'eligible' if result['eligible'] else f'not eligible: {because}'}",
-        f"run folder {folder}, curve {folder / 'curve.png'}",
-    ]
-    return "\n".join(["=" * 100, *lines, "=" * 100])
-
-
-def finish(trainer: Trainer) -> int:
-    """Read out, print the final block, write result.json, clean up -> the exit code."""
-    found = read_out(trainer)
-    if found is None:
-        return trainer.say_how_to_resume()
-    val, holdout, final = found
-    if not all(map(math.isfinite, trainer.readouts.values())):
-        trainer.fail("validation", val.loss, trainer.step - 1)
-    if not trainer.world.is_main:
-        return 0
-    folder, failure = trainer.run.path, save_final(trainer, final)
-    result = make_result(trainer, val, holdout)
-    reasons = rules.reasons_not_eligible(TRACK, result)
-    result |= {"eligible": not reasons, "not_eligible_because": reasons}
-    trainer.run.draw_curve(trainer.stages, val.loss)
-    trainer.run.log(final_block(result, folder))
-    failure = failure or try_to_write_json(folder / "result.json", result)
-    if failure:
-        trainer.run.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
-        return 1
-    shutil.rmtree(folder / "checkpoints")
-    if trainer.run.wandb is not None:
-        trainer.run.wandb.summary.update(result)
-    return 0
-
-
-def set_up(argv: list[str] | None) -> tuple[Trainer | None, bool]:
-    """From the command line to a trainer, and whether it resumes; what can be refused is refused here (ValueError).
-
-    No trainer: the run that --resume names has finished.
+    The session skips what was done before a resume.
     """
-    started = time.monotonic()
-    given, resume = parse_flags(TRACK, Config, DEMO, argv, Path(__file__), __doc__, record_sizes)
-    config, device = Config(**given) if resume is None else None, given.get("device", "auto")
-    if resume is not None:
-        device = read_config(Path(resume))["config"].get("device", "auto")
-    world = join(device)
-    if resume is not None:
-        saved = world.on_main(reopen, TRACK, Path(resume), given, Path(__file__).resolve())
-        config = Config(**saved["config"] | {name: given[name] for name in RESUME_MAY_CHANGE & given.keys()})
-        if saved["finished"]:
-            if world.is_main:
-                print(f"{resume} has finished, see {resume}/result.json")
-            return None, True
-    # What is the same in all processes is checked by one: one message if it is refused.
-    dtype = compute_dtype(config.dtype, world.device)
-    world.on_main(choose_kernels, config, world.device, dtype)
-    needed_gib = world.on_main(check_memory, config, world)
-    folder = Path(resume or Path(config.runs_dir) / config.run_name)
-    disk = world.on_main(check_disk, config, dtype, folder)
-    where = config.data_dir, config.vocab_size, config.sequence_len
-    loaded: dict[str, Split] = {}
-    world.on_main(lambda: loaded.update(load_splits(*where)))
-    splits = loaded or load_splits(*where)
-    hashes = {name: split.sha256 for name, split in splits.items()}
-    plan = world.on_main(Plan, config, len(splits["train"].sequences(config.sequence_len + 1)))
-    byte_lengths, bytes_from = world.on_main(token_bytes, config.data_dir, config.vocab_size)
-    if resume is None:
-        saved = world.on_main(begin, TRACK, config, Path(__file__).resolve(), hashes)
-    world.on_main(check_same_data, saved, config.data_dir, hashes)
-    check_same_data(saved, config.data_dir, hashes)  # the other processes may be on other disks
-    run = RunFolder(Path(saved["folder"]), saved["run_id"], world.is_main)
-    world.on_main(run.open)
-    try:
-        wandb_said = world.on_main(run.start_wandb, config.wandb, saved["config"] | {"track": TRACK})
-    except ValueError:
-        if resume is None:  # refused: nothing is left of it
-            shutil.rmtree(run.path)
-        raise
-    trainer = Trainer(config, world, run, plan, splits, byte_lengths)
-    trainer.started = started
-    run.log(header(trainer, saved, bytes_from, needed_gib, disk, wandb_said))
-    return trainer, resume is not None
+    c = run.config
+    epoch = run.plan.epoch_ended(run.step)
+    name = f"epoch_{epoch}" if epoch else f"epoch_{run.plan.epoch[run.step] + 1}_cut_short"
+    values = schedule(c, run.step - 1, run.plan)  # as in the epoch just finished
+    number = epoch or run.plan.epoch[run.step] + 1
+    is_kept = number > c.num_epochs - c.readout_epochs or run.stopped_by == "time_cap"
+    run.save(train.shards)
+    if run.validate(name, train.scorer(train.masters, values)) and is_kept:
+        run.keep_member(f"epoch_{number:02d}", member_weights(train.masters, run.dtype))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 finished, or stopped by a signal and saved; 1 failed; 2 refused."""
-    trainer, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Train, and return the exit code: 0 finished, or stopped by a signal and saved."""
+    run = Session("two_hour", Config, DEMO, argv, __file__, record_sizes)
+    c = run.config
+    plan = run.world.main_first(make_plan, c, run.splits["train"])
+    run.require(plan, count_sizes(c, run.dtype))
+    kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
+    run.open({kernel.name: kernel.chosen for kernel in kernels})
 
-    def prepare() -> int:
-        nonlocal trainer
-        trainer, resumes = set_up(argv)
-        if trainer is None:
-            return 0
-        for number in handlers:
-            signal.signal(number, trainer.take_signal)
-        trainer.warm_up()
-        if resumes:
-            trainer.resume()
-        return 0
+    torch.manual_seed(c.seed)
+    train = Training(c, run.world, run.dtype, run.kernels, run.compiled)
+    loader = make_loader(c, run.splits["train"], plan, run.world)
+    errors = check_kernels(kernels)
+    train.warm_up([schedule(c, step, plan) for step in plan.stages])
+    run.warmed_up(errors)
+    run.resume(train.shards)
 
-    try:
-        code = exit_code(prepare, __file__)
-        if code or trainer is None:
-            return code
-        trainer.fit()
-        return trainer.say_how_to_resume() if trainer.stopped_by == "signal" else finish(trainer)
-    except NonFiniteLoss as error:
-        trainer.run.log(f"stopped: {error}")
-        return 1
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if trainer is not None:
-            trainer.run.close()
+    if c.eval_initial and run.step == 0:
+        run.validate("initial", train.scorer(train.masters, schedule(c, 0, plan)))
+    while True:
+        if plan.epoch_ended(run.step):
+            end_epoch(run, train)
+        if not run.may_step():  # the last step is done, the next one would exceed the cap, or a signal came
+            break
+        if run.save_is_due:
+            run.save(train.shards)
+        batch = loader.batch(run.step)
+        values = schedule(c, run.step, plan)
+        run.did_step(train.step(run.step, batch, values), asdict(values), batch)
+
+    if run.stopped_by == "time_cap":
+        end_epoch(run, train)
+    if run.interrupted:
+        return run.stopped(train.shards)
+    return read_out(run, train)
 
 
 if __name__ == "__main__":

@@ -2122,7 +2122,7 @@ def main(argv: list[str] | None = None) -> int:
     scored = {name: split for name, split in splits.items() if name != "train"}
     sizes = count_sizes(c, run.dtype, scored, num_groups)
     run.require(plan, sizes, repeats=c.chains, processes=group_size, trains=not c.select_only)
-    run.world.main_first(run.world.check_groups, group_size)
+    run.world.main_first(run.world.check_groups, group_size, "--processes-per-chain")
     group = run.world.split(group_size)
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
     header = describe_plan(run, num_groups, group_size)
