@@ -1409,8 +1409,12 @@ def replay_at_the_end(config: Config, plan: ChainPlan) -> bool:
     return schedule(config, plan.num_steps - 1, plan).replay
 
 
+def chain_name(number: int) -> str:
+    return f"chain_{number:02d}"
+
+
 def chain_folder(run_folder: Path, number: int) -> Path:
-    return run_folder / "chains" / f"chain_{number:02d}"
+    return run_folder / "chains" / chain_name(number)
 
 
 def snapshot_path(run_folder: Path, member: dict) -> Path:
@@ -1482,8 +1486,8 @@ def train_chain(
         "fitness": run.eval_set(splits["fitness"], group, max_sequences=len(splits["fitness"].tokens)),
         "val": run.eval_set(splits["val"], group),
     }
-    folder = f"chains/chain_{number:02d}"
-    chain = run.child(folder, number, f"chain {number}", c, group, plan, eval_sets, repeats)
+    label = f"chain {number}"
+    chain = run.child(f"chains/{chain_name(number)}", number, label, c, group, plan, eval_sets, repeats)
     earlier = group.on_main(read_ledger, chain.folder.path)
     earlier["layout"] = [run.world.size // group.size, run.world.rank // group.size, group.size]
 
@@ -1502,7 +1506,7 @@ def train_chain(
     while True:
         cycle = plan.cycle_ended(chain.step)
         if cycle:
-            end_cycle(chain, train, cycle)
+            end_cycle(chain, train, number, cycle)
             write_ledger(chain, "training", earlier)
         if not chain.may_step():  # the last step is done, or a signal came
             break
@@ -1527,17 +1531,16 @@ def train_chain(
     return outcome
 
 
-def end_cycle(chain: Session, train: Training, cycle: int) -> None:
+def end_cycle(chain: Session, train: Training, number: int, cycle: int) -> None:
     """Make a snapshot, score it as it will be stored, and keep it; it may teach the next cycle.
 
-    cycle: counted from 1. What was done before a resume is skipped, and a signal ends it early: the checkpoint of this
+    number: of the chain. cycle: counted from 1. What was done before a resume is skipped, and a signal ends it early: the checkpoint of this
     step repeats the rest.
     """
     c = chain.config
     chain.save(train)
     snapshot = member_weights(train.masters, train.dtype)
-    number = int(chain.folder.path.name.removeprefix("chain_"))
-    name = f"chain_{number:02d}_cycle_{cycle:03d}"
+    name = f"{chain_name(number)}_cycle_{cycle:03d}"
     if name not in chain.members:
         nats = chain.token_nats(train.scorer(snapshot, schedule(c, chain.step - 1, chain.plan).replay))
         if nats is None:
@@ -1546,10 +1549,10 @@ def end_cycle(chain: Session, train: Training, cycle: int) -> None:
         chain.validate(f"cycle_{cycle}", nats, fitness_loss=fitness_loss)
         score = chain.scores[f"cycle_{cycle}"]
         losses = {"val_loss": score.loss, "val_bpb": score.bpb, "fitness_loss": fitness_loss}
-        whole = {}  # the losses of all processes: what selection and readout need of this snapshot
+        by_target = {}  # of all processes: what selection and readout need of this snapshot
         for split, eval_set in chain.eval_sets.items():
-            whole[f"nats.{split}"] = chain.world.gather_rows(nats[split].float(), eval_set.count)
-        chain.keep_member(name, snapshot | whole, chain=number, cycle=cycle, **losses)
+            by_target[f"nats.{split}"] = chain.world.gather_rows(nats[split].float(), eval_set.count)
+        chain.keep_member(name, snapshot | by_target, chain=number, cycle=cycle, **losses)
     if c.keep:
         drop_lightest_member(chain)
     if is_taught(c, cycle):
@@ -1701,14 +1704,17 @@ def find_candidates(run: Session) -> list[dict]:
             candidates.append(member)
         else:
             run.log(f"WARNING: {snapshot_path(run_folder, member)} is missing or damaged: it is left out")
-    if not candidates:
-        raise ValueError(f"{run_folder} has no snapshot to read out: train it on, with --resume")
     return candidates
 
 
 def weigh(run: Session, candidates: list[dict]) -> tuple[list[float], dict[int, list[float]]]:
-    """On the main process -> (weights of all candidates; those of the mixtures, by the number of their members)."""
+    """On the main process -> (weights of all candidates; those of the mixtures, by the number of their members).
+
+    ValueError if there is no candidate.
+    """
     M = len(candidates)
+    if not M:
+        raise ValueError(f"{run.folder.path} has no snapshot to read out: train it on, with --resume")
     if run.config.selection == "uniform":
         equal = [1 / M] * M
         return equal, {M: equal}
