@@ -1534,8 +1534,8 @@ def train_chain(
 def end_cycle(chain: Session, train: Training, number: int, cycle: int) -> None:
     """Make a snapshot, score it as it will be stored, and keep it; it may teach the next cycle.
 
-    number: of the chain. cycle: counted from 1. What was done before a resume is skipped, and a signal ends it early: the checkpoint of this
-    step repeats the rest.
+    number: of the chain. cycle: counted from 1. What was done before a resume is skipped. A signal ends it early; then
+    the rest is done on the next resume, which begins at this step.
     """
     c = chain.config
     chain.save(train)
