@@ -334,14 +334,24 @@ class Session:
             raise ValueError(f"the run needs {text}: make space, or choose another --runs-dir")
         return text
 
-    def open(self, kernels: dict[str, str], header: dict[str, str] | None = None, has_children: bool = False) -> None:
+    def open(
+        self,
+        kernels: dict[str, str],
+        slower: str = "",
+        header: dict[str, str] | None = None,
+        has_children: bool = False,
+    ) -> None:
         """Make or reopen the run folder, catch signals, and print the header.
 
-        kernels: what is chosen, by setting. header: lines instead of those about the plan, by the words in front.
-        has_children: whether other sessions within this one train; then each is a run of Weights & Biases.
+        kernels: what is chosen, by setting. slower: what to say of them on a GPU, if they are not the fastest. header:
+        lines instead of those about the plan, by the words in front. has_children: whether other sessions within this
+        one train; then each is a run of Weights & Biases.
         """
         c, world = self.config, self.world
         self.kernels = kernels
+        self.kernels_line = ", ".join(f"{name} {kernel}" for name, kernel in kernels.items())
+        if world.cuda and slower:
+            self.kernels_line += f" ({slower})"
         self.has_children = has_children
         self.compiled = c.compile == "on" or (c.compile == "auto" and world.cuda)
         hashes = {name: split.sha256 for name, split in self.splits.items()}
@@ -935,7 +945,6 @@ class Session:
         c, world, plan, saved = self.config, self.world, self.plan, self.saved
         overrides = saved["overrides"] | self.changed | self.extended
         settings = ", ".join(f"{k} {v}" for k, v in overrides.items()) or "the defaults, the current record"
-        kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
         compiled = "compiled" if self.compiled else "not compiled"
         batch = plan.tokens[-1] / plan.num_steps
         about_plan = instead or {
@@ -948,8 +957,9 @@ class Session:
             "command": shlex.join(saved["command"]),
             "settings": settings,
             "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
-            "device": f"{world.size} x {device_name(world.device)}, {name_of(self.dtype)}, {kernels}, {compiled}, "
-            f"about {self.needed_bytes / GIB:.2g} GiB per process",
+            "device": f"{world.size} x {device_name(world.device)}, {name_of(self.dtype)}, {compiled}, about "
+            f"{self.needed_bytes / GIB:.2g} GiB per process",
+            "kernels": self.kernels_line,
             "disk": self.disk_line,
             "data": f"{c.data_dir}: {rules.describe_data(self.splits)}; bytes of tokens {self.bytes_from}",
             "model": f"{self.sizes.parameters:,} parameters",

@@ -57,6 +57,7 @@ from slowrun.kernels import (
     check_kernels,
     choose_attention,
     dropout,
+    slower_kernels,
     soft_cap,
 )
 from slowrun.machine import compute_dtype, peak_flops
@@ -289,7 +290,7 @@ READOUT_FIELDS = ("selection", "average", "leave_out_first")
 RESUME_MAY_CHANGE = frozenset({"processes_per_chain", "add_chains", "select_only", *READOUT_FIELDS})
 
 
-def demo_of_record(settings: dict) -> dict:
+def record_sizes(settings: dict) -> dict:
     """Toy sizes for a published record: those of the demo, with no more chains and cycles than the record has."""
     sizes = DEMO | {"first_cycle_epochs": 0}
     for name in ("chains", "cycles", "teach_after"):
@@ -2069,7 +2070,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
     windows = sorted({config.window(i) for i in range(config.n_layer)})
     shape = config.sequence_len, config.n_head, head_dim
     error = partial(attention_error, chosen, shape, [(window, None) for window in windows], device)
-    return [Kernel("attention", chosen, plain="sdpa", limit=0.05, error=error)]
+    return [Kernel("attention", chosen, plain="sdpa", fast="varlen", limit=0.05, error=error)]
 
 
 def add_chains(run: Session) -> None:
@@ -2115,7 +2116,7 @@ def stop(run: Session, failure: str = "") -> int:
 def main(argv: list[str] | None = None) -> int:
     """Train the chains and read out their mixture -> exit code: 0 finished, or stopped by a signal and saved."""
     run = Session(
-        "unlimited", Config, DEMO, argv, __file__, demo_of_record,
+        "unlimited", Config, DEMO, argv, __file__, record_sizes,
         one_model=False, may_change=RESUME_MAY_CHANGE, reopened_by=frozenset({"add_chains", "select_only"}),
     )  # fmt: skip
     run.world.main_first(add_chains, run)
@@ -2132,7 +2133,7 @@ def main(argv: list[str] | None = None) -> int:
     group = run.world.split(group_size)
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
     header = describe_plan(run, num_groups, group_size)
-    run.open({kernel.name: kernel.chosen for kernel in kernels}, header, has_children=True)
+    run.open({kernel.name: kernel.chosen for kernel in kernels}, slower_kernels(kernels), header, has_children=True)
     if not (run.folder.path / "config.json").exists():
         raise ValueError(f"{run.folder.path} is not seen by all processes: --runs-dir must be on a shared disk")
     if num_groups > c.chains:
