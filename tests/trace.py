@@ -6,7 +6,8 @@
     python tests/trace.py compare FOLDER --tolerance 1e-12   # float64 only, for what is computed in another order
     python tests/trace.py record FOLDER --checkout ../old    # another checkout, such as a worktree of an old commit
 
---fast takes a subset of about two minutes on two cores, --only cases by name. Compared are all training losses,
+--fast takes a subset of about two minutes on two cores, --only cases by name. A recording that was interrupted goes on
+where it was. Compared are all training losses,
 validation losses, readouts, weights of members, counts of steps and tokens, and every tensor of final/. The exit code
 is 1 if anything differs or a run fails, 2 if the recording cannot be used like that.
 
@@ -141,7 +142,8 @@ def case_list(checkout: Path) -> list[Case]:
     cases = []
     for track, toy in TOY.items():
         together = {"processes_per_chain": 2} if track == "unlimited" else {}
-        cases.append(Case(f"{track}/float32/compiled", track, toy | {"compile": "on"}))
+        layers = {"n_layer": 2} | {k: v for k, v in {"replay_start": 1, "replay_end": 2}.items() if k in toy}
+        cases.append(Case(f"{track}/float32/compiled", track, toy | layers | {"compile": "on"}, data="few"))
         for dtype in ("float32", "float64", "bfloat16"):
             fast = dtype != "bfloat16"
             cases.append(Case(f"{track}/{dtype}/1-process", track, toy, fast=fast))
@@ -345,6 +347,7 @@ def run_case(checkout: Path, case: Case, recording: Path, folder: Path) -> tuple
 # What a run leaves
 # ======================================================================================================================
 
+DONE = "run.json"  # in the folder of a recorded case: what read_run makes of its run
 RESULTS = ("stopped_by", "steps", "tokens", "val_loss", "val_bpb", "best_val_loss", "holdout_loss", "holdout_bpb")
 
 
@@ -387,9 +390,9 @@ def case_folder(recording: Path, name: str) -> Path:
 def read_recorded(recording: Path, name: str) -> tuple[dict, dict[str, Path]]:
     """The same as read_run, of a recorded case; ValueError if its run failed."""
     folder = case_folder(recording, name)
-    if not (folder / "run.json").exists():
+    if not (folder / DONE).exists():
         raise ValueError(f"{name} failed in the recording, or was left out: record anew")
-    return json.loads((folder / "run.json").read_text()), {path.name: path for path in folder.glob("*.safetensors")}
+    return json.loads((folder / DONE).read_text()), {path.name: path for path in folder.glob("*.safetensors")}
 
 
 # ======================================================================================================================
@@ -491,9 +494,9 @@ def commit_of(checkout: Path) -> str:
 
 
 def select(cases: list[Case], fast: bool, pattern: str, float64: bool) -> list[Case]:
-    """Cases of --fast, with names that hold the pattern of --only, in float64; ValueError if there are none."""
+    """Cases of --fast; of --only, which matches from any slash of a name on; in float64. ValueError if none is left."""
     kept = [case for case in cases if case.fast or not fast]
-    kept = [case for case in kept if fnmatch.fnmatch(case.name, f"*{pattern}*")]
+    kept = [case for case in kept if fnmatch.fnmatch(f"/{case.name}", f"*/{pattern}*")]
     kept = [case for case in kept if case.dtype == "float64" or not float64 or pattern]
     if not kept:
         raise ValueError("no case is left: a name is like tiny/float64/record-07, and --only takes * as in file names")
@@ -537,17 +540,40 @@ def line(name: str, verdict: str, seconds: float, notes: str | list[str] = ()) -
         print(f"    {note}", flush=True)
 
 
-def record(recording: Path, checkout: Path, cases: list[Case], jobs: int) -> int:
-    """Run the cases and keep what comes out -> the exit code; ValueError if the folder is taken."""
-    if recording.exists() and any(recording.iterdir()):
-        raise ValueError(f"{recording} is not empty: delete it, or name another folder")
-    for folder, tokens in TOKENS.items():
-        write_data(recording / folder, tokens)
-    listed = [dataclasses.asdict(case) for case in cases]
-    content = {"commit": commit_of(checkout), "environment": this_environment(), "cases": listed}
+def open_recording(recording: Path, checkout: Path, cases: list[Case]) -> list[Case]:
+    """Make a recording's folder, or go on with one of the same commit -> the cases that it lacks.
+
+    ValueError if it has another commit or is of another machine, or if the folder is something else.
+    """
+    content = {"commit": commit_of(checkout), "environment": this_environment()}
+    known: list[Case] = []
+    if (recording / "trace.json").exists():
+        known, saved = read_cases(recording), json.loads((recording / "trace.json").read_text())
+        if {key: saved[key] for key in content} != content or "with changes" in content["commit"]:
+            raise ValueError(
+                f"{recording} has {saved['commit']} ({saved['environment']}), this is {content['commit']} "
+                f"({content['environment']}): delete it, or name another folder"
+            )
+    elif recording.exists() and any(recording.iterdir()):
+        raise ValueError(f"{recording} is not empty, and no recording: name another folder")
+    else:
+        for folder, tokens in TOKENS.items():
+            write_data(recording / folder, tokens)
+    missing = [case for case in cases if case not in known or not (case_folder(recording, case.name) / DONE).exists()]
+    for case in missing:
+        shutil.rmtree(case_folder(recording, case.name), ignore_errors=True)
+    names = {case.name: case for case in known + cases}
+    content["cases"] = [dataclasses.asdict(case) for case in names.values()]
     (recording / "trace.json").write_text(json.dumps(content, indent=1))
-    print(f"recording {len(cases)} cases of {checkout}, {content['commit']}")
-    failed, started = [], time.monotonic()
+    return missing
+
+
+def record(recording: Path, checkout: Path, cases: list[Case], jobs: int) -> int:
+    """Run the cases that the recording lacks, and keep what comes out -> the exit code."""
+    missing, started = open_recording(recording, checkout, cases), time.monotonic()
+    print(f"recording {len(missing)} cases of {checkout}, {commit_of(checkout)}", end="")
+    print(f"; {len(cases) - len(missing)} are there already" if len(missing) < len(cases) else "")
+    failed = []
 
     def report(case: Case, outcome, seconds: float) -> None:
         if isinstance(outcome, str):
@@ -557,17 +583,17 @@ def record(recording: Path, checkout: Path, cases: list[Case], jobs: int) -> int
         folder.mkdir(parents=True)
         for path in outcome[1].values():
             shutil.copy(path, folder)
-        (folder / "run.json").write_text(json.dumps(outcome[0], indent=1))
+        (folder / DONE).write_text(json.dumps(outcome[0], indent=1))
         return line(case.name, "recorded", seconds)
 
-    run_all(checkout, cases, recording, jobs, report)
-    names = {case.name for case in cases} - set(failed)
+    run_all(checkout, missing, recording, jobs, report)
     for case in cases:
-        if {case.name, case.same_as} <= names:
+        done = [(case_folder(recording, name) / DONE).exists() for name in (case.name, case.same_as)]
+        if case.same_as and all(done):
             found = compare_runs(*(read_recorded(recording, name) for name in (case.same_as, case.name)))
             if not found.bits:
                 failed.append(case.name)
-                line(case.name, f"differs from {case.same_as.split('/')[-1]}", 0, found.notes)
+                line(case.name, f"not as {case.same_as.split('/')[-1]}", 0, found.notes)
     print(f"{len(cases)} cases: {len(cases) - len(failed)} recorded, {len(failed)} failed, ", end="")
     print(f"in {time.monotonic() - started:.0f} s")
     return 1 if failed else 0
@@ -576,7 +602,7 @@ def record(recording: Path, checkout: Path, cases: list[Case], jobs: int) -> int
 def compare(recording: Path, checkout: Path, cases: list[Case], jobs: int, tolerance: float | None) -> int:
     """Run the cases again and compare them with the recording -> the exit code."""
     counts, started = {"identical": 0, "within the tolerance": 0, "different": 0, "failed": 0}, time.monotonic()
-    recorded = {case.name for case in map_cases(recording)}
+    recorded = {case.name for case in read_cases(recording)}
 
     def report(case: Case, outcome, seconds: float) -> None:
         if isinstance(outcome, str):
@@ -604,7 +630,7 @@ def compare(recording: Path, checkout: Path, cases: list[Case], jobs: int, toler
     return 1 if counts["different"] + counts["failed"] else 0
 
 
-def map_cases(recording: Path) -> list[Case]:
+def read_cases(recording: Path) -> list[Case]:
     """The cases of a recording; ValueError if there is none."""
     path = recording / "trace.json"
     if not path.exists():
@@ -631,7 +657,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=("record", "compare"))
     parser.add_argument("folder", type=Path, help="the recording: data, cases, numbers, weights (about 200 MB)")
     parser.add_argument("--fast", action="store_true", help="a subset: all tracks, float32, float64, 1 and 2 processes")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="cases with this in their names; * is anything")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="cases by name, or a part of it: tiny, float32/record-1*"
+    )
     parser.add_argument("--checkout", type=Path, default=ROOT, help="whose scripts run [the one this file is in]")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time [2]")
     parser.add_argument("--tolerance", type=float, metavar="X", help="largest difference; runs the float64 cases only")
@@ -646,7 +674,7 @@ def main(argv: list[str] | None = None) -> int:
             if float64 or args.other_machine:
                 raise ValueError("--tolerance and --other-machine are for compare")
             return record(recording, checkout, select(case_list(checkout), args.fast, args.only, False), args.jobs)
-        cases = select(map_cases(recording), args.fast, args.only, float64)
+        cases = select(read_cases(recording), args.fast, args.only, float64)
         check_environment(recording, args.tolerance, args.other_machine)
         was = json.loads((recording / "trace.json").read_text())["commit"]
         print(f"comparing {len(cases)} cases of {checkout}, {commit_of(checkout)}, with {was}")
