@@ -387,11 +387,14 @@ def case_folder(recording: Path, name: str) -> Path:
     return recording / "cases" / name
 
 
+def is_recorded(recording: Path, name: str) -> bool:
+    """Whether a case has been recorded: its run did not fail."""
+    return (case_folder(recording, name) / DONE).exists()
+
+
 def read_recorded(recording: Path, name: str) -> tuple[dict, dict[str, Path]]:
-    """The same as read_run, of a recorded case; ValueError if its run failed."""
+    """The same as read_run, of a recorded case."""
     folder = case_folder(recording, name)
-    if not (folder / DONE).exists():
-        raise ValueError(f"{name} failed in the recording, or was left out: record anew")
     return json.loads((folder / DONE).read_text()), {path.name: path for path in folder.glob("*.safetensors")}
 
 
@@ -559,7 +562,7 @@ def open_recording(recording: Path, checkout: Path, cases: list[Case]) -> list[C
     else:
         for folder, tokens in TOKENS.items():
             write_data(recording / folder, tokens)
-    missing = [case for case in cases if case not in known or not (case_folder(recording, case.name) / DONE).exists()]
+    missing = [case for case in cases if case not in known or not is_recorded(recording, case.name)]
     for case in missing:
         shutil.rmtree(case_folder(recording, case.name), ignore_errors=True)
     names = {case.name: case for case in known + cases}
@@ -588,8 +591,7 @@ def record(recording: Path, checkout: Path, cases: list[Case], jobs: int) -> int
 
     run_all(checkout, missing, recording, jobs, report)
     for case in cases:
-        done = [(case_folder(recording, name) / DONE).exists() for name in (case.name, case.same_as)]
-        if case.same_as and all(done):
+        if case.same_as and all(is_recorded(recording, name) for name in (case.name, case.same_as)):
             found = compare_runs(*(read_recorded(recording, name) for name in (case.same_as, case.name)))
             if not found.bits:
                 failed.append(case.name)
@@ -602,18 +604,18 @@ def record(recording: Path, checkout: Path, cases: list[Case], jobs: int) -> int
 def compare(recording: Path, checkout: Path, cases: list[Case], jobs: int, tolerance: float | None) -> int:
     """Run the cases again and compare them with the recording -> the exit code."""
     counts, started = {"identical": 0, "within the tolerance": 0, "different": 0, "failed": 0}, time.monotonic()
-    recorded = {case.name for case in read_cases(recording)}
+    recorded = [case for case in cases if is_recorded(recording, case.name)]
+    for case in cases:
+        if case not in recorded:
+            counts["failed"] += 1
+            line(case.name, "NOT RECORDED", 0, "its run failed, or was never made: run record again")
 
     def report(case: Case, outcome, seconds: float) -> None:
         if isinstance(outcome, str):
             counts["failed"] += 1
             return line(case.name, "FAILED", seconds, outcome)
-        references = [case.name] + [case.same_as] * (case.same_as in recorded)
-        try:
-            found = [compare_runs(read_recorded(recording, name), outcome) for name in references]
-        except ValueError as error:
-            counts["failed"] += 1
-            return line(case.name, "NOT RECORDED", seconds, str(error))
+        references = [case.name] + [case.same_as] * (case.same_as != "" and is_recorded(recording, case.same_as))
+        found = [compare_runs(read_recorded(recording, name), outcome) for name in references]
         worst = max(found, key=lambda comparison: (not comparison.bits, comparison.largest))
         if worst.bits:
             counts["identical"] += 1
@@ -624,7 +626,7 @@ def compare(recording: Path, checkout: Path, cases: list[Case], jobs: int, toler
         counts["different"] += 1
         return line(case.name, f"DIFFERENT by {worst.largest:.1e}", seconds, worst.notes)
 
-    run_all(checkout, cases, recording, jobs, report)
+    run_all(checkout, recorded, recording, jobs, report)
     said = ", ".join(f"{count} {word}" for word, count in counts.items())
     print(f"{len(cases)} cases: {said}, in {time.monotonic() - started:.0f} s")
     return 1 if counts["different"] + counts["failed"] else 0
@@ -678,6 +680,9 @@ def main(argv: list[str] | None = None) -> int:
         check_environment(recording, args.tolerance, args.other_machine)
         was = json.loads((recording / "trace.json").read_text())["commit"]
         print(f"comparing {len(cases)} cases of {checkout}, {commit_of(checkout)}, with {was}")
+        later = {case.name for case in case_list(checkout)} - {case.name for case in read_cases(recording)}
+        if later:
+            print(f"the recording lacks {len(later)} cases of today's list, such as {min(later)}")
         return compare(recording, checkout, cases, args.jobs, args.tolerance)
     except ValueError as error:
         print(f"trace.py: error: {error}", file=sys.stderr)
