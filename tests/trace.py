@@ -314,14 +314,12 @@ def end(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def stop_after(process: subprocess.Popen, run: Path, name: str, steps: int) -> int:
-    """Send a signal as soon as the run has recorded so many steps -> the exit code."""
+def stop_after(process: subprocess.Popen, run: Path, name: str, steps: int) -> int | str:
+    """Send a signal as soon as the run has recorded so many steps -> the exit code, in words if it came too early."""
     deadline = time.monotonic() + TIMEOUT_S
     while sum(path.read_text().count('"train_loss"') for path in run.glob("**/metrics.jsonl")) < steps:
         if process.poll() is not None:
-            raise RunFailed(
-                f"it ended, with exit code {process.returncode}, before it could be stopped at step {steps}"
-            )
+            return f"{process.returncode} before it could be stopped after {steps} steps"
         if time.monotonic() > deadline:
             raise subprocess.TimeoutExpired(process.args, TIMEOUT_S)
         time.sleep(0.01)
@@ -367,8 +365,10 @@ def read_run(run: Path) -> tuple[dict, dict[str, Path]]:
                     numbers[f"{label}, again" if label in numbers else label] = line[key]
     result = json.loads((run / "result.json").read_text())
     numbers |= {f"readout {name}": loss for name, loss in result["readouts"].items()}
-    numbers |= {f"result {name}": result[name] for name in RESULTS}
+    numbers |= {f"result {name}": result[name] for name in RESULTS if name in result}
     members = json.loads((run / "final" / "members.json").read_text())["members"]
+    if isinstance(members, dict):  # weights by name
+        members = [{"file": f"{name}.safetensors", "weight": weight} for name, weight in members.items()]
     numbers |= {f"weight of {member['file']}": member["weight"] for member in members}
     files = {path.name: path for path in sorted(run.glob("**/final/*.safetensors"))}
     return {"numbers": numbers, "tensors": {name: content_hash(path) for name, path in files.items()}}, files
@@ -517,8 +517,10 @@ def run_all(checkout: Path, cases: list[Case], recording: Path, jobs: int, repor
         folder.mkdir(parents=True)
         try:
             outcome = run_case(checkout, case, recording, folder)
-        except (RunFailed, OSError, KeyError, ValueError) as error:  # what a run leaves can be damaged too
-            outcome = f"{type(error).__name__}: {error}"
+        except RunFailed as error:
+            outcome = str(error)
+        except Exception as error:  # what a run leaves can be damaged in many ways
+            outcome = f"what the run left cannot be read: {type(error).__name__}: {error}"
         return case, outcome, time.monotonic() - started
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -684,6 +686,9 @@ def main(argv: list[str] | None = None) -> int:
         if later:
             print(f"the recording lacks {len(later)} cases of today's list, such as {min(later)}")
         return compare(recording, checkout, cases, args.jobs, args.tolerance)
+    except KeyboardInterrupt:
+        print("interrupted; record goes on where it was", file=sys.stderr)
+        return 130
     except ValueError as error:
         print(f"trace.py: error: {error}", file=sys.stderr)
         return 2
