@@ -659,7 +659,7 @@ def check_environment(recording: Path, tolerance: float | None, other_machine: b
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("record", "compare"))
-    parser.add_argument("folder", type=Path, help="the recording: data, cases, numbers, weights (about 200 MB)")
+    parser.add_argument("folder", type=Path, help="the recording: data, cases, numbers, weights (340 MB)")
     parser.add_argument("--fast", action="store_true", help="a subset: all tracks, float32, float64, 1 and 2 processes")
     parser.add_argument(
         "--only", default="", metavar="PATTERN", help="cases by name, or a part of it: tiny, float32/record-1*"
