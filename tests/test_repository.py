@@ -52,6 +52,7 @@ def test_flags_exist(readme, capsys):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     others = {"--standalone", "--nproc", "--nnodes", "--rdzv", "--shutdown-timeout"}  # of torchrun
+    others |= {"--fast", "--checkout", "--tolerance"}  # of tests/trace.py
     flags = set(re.findall(r"(?<![-\w])--[a-z-]*[a-z]", (ROOT / readme).read_text()))
     assert len(flags) > 5 and flags - others <= known
 
