@@ -618,7 +618,8 @@ class Training:
         losses = torch.zeros(2, dtype=self.model.wide, device=self.world.device)
         for virtual_rank, sequences in zip(self.world.virtual_ranks, batch, strict=True):
             losses += self.add_gradient(step, virtual_rank, sequences, values)
-        self.optimizer.step(step, values)
+        with torch.profiler.record_function("optimizer"):  # as profiles name it
+            self.optimizer.step(step, values)
         self.shards.zero_grads()
         return {"train_loss": losses[1], "train_loss_with_mtp": losses[0]}
 
@@ -830,6 +831,16 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 # ======================================================================================================================
 
 
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
+    runs = {"plain": {"num_epochs": 1, "replay_from_epoch": 0}}
+    runs["all"] = runs["plain"]
+    if config.replay_from_epoch:
+        runs["replay"] = {"num_epochs": 1, "replay_from_epoch": 1}
+        runs["all"] = {"num_epochs": 2, "replay_from_epoch": 2}
+    return {name: settings | {"swa_epochs": 0, "readout": "last"} for name, settings in runs.items()}
+
+
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
     """What the run needs of memory and disk, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
@@ -887,7 +898,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Session("limited", Config, DEMO, argv, __file__, record_sizes)
     c = run.config
     plan = run.world.main_first(make_plan, c, run.splits["train"])
-    run.require(plan, count_sizes(c, run.dtype))
+    run.require(plan, count_sizes(c, run.dtype), short_runs(c))
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
     run.open({kernel.name: kernel.chosen for kernel in kernels}, slower_kernels(kernels))
 

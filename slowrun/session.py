@@ -34,7 +34,7 @@ from torch import Tensor
 from slowrun import folder as run_folder
 from slowrun import rules
 from slowrun.clock import Clock
-from slowrun.config import RESUME_MAY_CHANGE, RunConfig, changed_fields, parse_flags
+from slowrun.config import RESUME_MAY_CHANGE, RunConfig, as_flags, changed_fields, parse_flags
 from slowrun.data import Split, load_split, load_splits, read_json, sha256_file, token_bytes, unread_split
 from slowrun.folder import RunFolder, try_to_write_json, write_atomically, write_json
 from slowrun.machine import (
@@ -52,6 +52,9 @@ from slowrun.plan import Sizes, StepPlan, describe, summary
 from slowrun.scoring import EvalSet, Score, TokenLosses, data_efficiency
 from slowrun.world import World, join
 
+MEASURED = {  # settings of short runs that are no script's matter
+    "val_sequences": 8, "eval_initial": False, "checkpoints": False, "time_cap_min": 0.0, "wandb": "off",
+}  # fmt: skip
 INITIAL = "initial"  # the validation before the first step, which is no readout
 Nats = dict[str, Tensor]  # by split, "val" and "holdout": what EvalSet.nats returns
 
@@ -239,7 +242,7 @@ class Session:
             train = unread_split(rules.OFFICIAL_TRAIN_TOKENS)
         self.splits = {"train": train}
 
-    def _write_plan(self, plan: StepPlan, sizes: Sizes, repeats: int) -> NoReturn:
+    def _write_plan(self, plan: StepPlan, sizes: Sizes, short_runs: dict[str, dict], repeats: int) -> NoReturn:
         """Write the plan, for as many processes as torchrun started, and exit; ValueError if that fails."""
         c, device = self.config, self.world.device
         path = Path(c.data_dir) / "fineweb_train.pt"
@@ -249,6 +252,7 @@ class Session:
             "data": data,
             "assumed_data": not self.has_data,
             "repeats": repeats,
+            "short_runs": {name: as_flags(MEASURED | settings) for name, settings in short_runs.items()},
             "time_cap_min": c.time_cap_min,
             "vocab_size": c.vocab_size,
             "sequence_len": c.sequence_len,
@@ -266,16 +270,23 @@ class Session:
         raise SystemExit(0)
 
     def require(
-        self, plan: StepPlan, sizes: Sizes, repeats: int = 1, processes: int | None = None, trains: bool = True
+        self,
+        plan: StepPlan,
+        sizes: Sizes,
+        short_runs: dict[str, dict],
+        repeats: int = 1,
+        processes: int | None = None,
+        trains: bool = True,
     ) -> None:
         """Refuse a run that cannot fit into memory or on the disk, before anything is allocated (ValueError).
 
-        repeats: how often the run goes through the plan. processes: that train one model, by default all. trains: False
-        for a run that only reads out what there is. With --plan it is written, and the process ends.
+        With --plan the plan is written, and the process ends. short_runs: settings of short runs with each stage, by
+        its name, and with "all", for tools that measure them. repeats: how often the run goes through the plan.
+        processes: that train one model, by default all. trains: False for a run that only reads out what there is.
         """
         self.model_processes = self.world.size if processes is None else processes
         if self.plan_file is not None:
-            self._write_plan(plan, sizes, repeats)
+            self._write_plan(plan, sizes, short_runs, repeats)
         self.plan = plan
         self.sizes = sizes
         self.needed_bytes = self.world.on_main(self._check_memory) if trains else 0.0

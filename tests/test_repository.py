@@ -19,6 +19,7 @@ import unlimited.train as unlimited
 from records import instruments, leaderboard, referee, submit
 from slowrun.data import unread_split
 from slowrun.machine import GIB
+from tools import bench
 
 README = (ROOT / "README.md").read_text()
 PACKAGE = {name: importlib.import_module(f"slowrun.{name}") for name in INSTRUMENT if name != "__init__"}
@@ -46,7 +47,7 @@ def test_links_lead_somewhere(readme):
 
 @EACH_PAGE
 def test_flags_exist(readme, capsys):
-    for script in (train, tiny, two_hour, unlimited, prepare_data, instruments, leaderboard, referee, submit):
+    for script in (train, tiny, two_hour, unlimited, prepare_data, instruments, leaderboard, referee, submit, bench):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))

@@ -954,11 +954,14 @@ def make_plan(config: Config, split: Split) -> StepPlan:
     )
 
 
+def stage_name(passes: int) -> str:
+    return {1: "one_pass", 2: "two_passes"}.get(passes, f"{passes}_passes")
+
+
 def make_stage(config: Config, passes: int) -> Stage:
     """The steps with so many passes through all layers."""
-    name = {1: "one pass", 2: "two passes"}.get(passes, f"{passes} passes")
     L = config.n_layer
-    return Stage(name, flops_per_token(config, passes), forward_layers=passes * L, backward_layers=L)
+    return Stage(stage_name(passes), flops_per_token(config, passes), forward_layers=passes * L, backward_layers=L)
 
 
 def make_loader(config: Config, split: Split, plan: StepPlan, world: World) -> Loader:
@@ -1016,7 +1019,8 @@ class Training:
         losses = torch.zeros(2, dtype=self.model.wide, device=self.world.device)
         for virtual_rank, sequences in zip(self.world.virtual_ranks, batch, strict=True):
             losses += self.add_gradient(step, virtual_rank, sequences, values)
-        self.optimizer.step(step, values)
+        with torch.profiler.record_function("optimizer"):  # as profiles name it
+            self.optimizer.step(step, values)
         self.shards.zero_grads()
         return {"train_loss": losses[1], "train_loss_with_mtp": losses[0]}
 
@@ -1208,6 +1212,17 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 # ======================================================================================================================
 
 
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
+    runs = {
+        "one_pass": {"num_epochs": 1, "late_passes_from": 1.0},
+        stage_name(config.late_passes): {"num_epochs": 1, "late_passes_from": 0.0},
+    }
+    runs["all"] = {"num_epochs": 2, "late_passes_from": 0.5} if config.late_passes > 1 else runs["one_pass"]
+    others = {"swa_epochs": 0, "readout": "last", "decay_schedule": False}
+    return {name: settings | others for name, settings in runs.items()}
+
+
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
     """What the run needs of memory and disk, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
@@ -1306,7 +1321,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Session("tiny", Config, DEMO, argv, __file__, record_sizes)
     c = run.config
     plan = run.world.main_first(make_plan, c, run.splits["train"])
-    run.require(plan, count_sizes(c, run.dtype))
+    run.require(plan, count_sizes(c, run.dtype), short_runs(c))
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
     run.open({kernel.name: kernel.chosen for kernel in kernels}, slower_kernels(kernels))
 

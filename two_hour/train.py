@@ -1006,7 +1006,7 @@ def make_stage(config: Config, epoch: int) -> Stage:
     """The stage that an epoch, counted from 1, belongs to: its windows, and whether it replays layers."""
     windows = windows_of(config, epoch)
     replay = replays(config, epoch)
-    name = f"windows {windows[0]}/{windows[1]}" + ", replay" * replay
+    name = f"windows_{windows[0]}_{windows[1]}" + "_replay" * replay
     layers = len(config.layer_order(replay))
     heads = 2 if config.mtp_weight else 1
     return Stage(name, flops_per_token(config, windows, replay), layers, layers, heads)
@@ -1066,7 +1066,8 @@ class Training:
         losses = torch.zeros(2, dtype=self.model.wide, device=self.world.device)
         for virtual_rank, sequences in zip(self.world.virtual_ranks, batch, strict=True):
             losses += self.add_gradient(step, virtual_rank, sequences, values)
-        self.optimizer.step(step, values)
+        with torch.profiler.record_function("optimizer"):  # as profiles name it
+            self.optimizer.step(step, values)
         self.shards.zero_grads()
         return {"train_loss": losses[1], "train_loss_with_mtp": losses[0]}
 
@@ -1269,6 +1270,21 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 # ======================================================================================================================
 
 
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
+    stages = {}  # (windows, replay) by name
+    for epoch in range(1, config.num_epochs + 1):
+        stages[make_stage(config, epoch).name] = windows_of(config, epoch), replays(config, epoch)
+    runs = {
+        name: {"num_epochs": 1, "window_schedule": f"1-1:{short},{long}", "replay_from_epoch": int(replay)}
+        for name, ((short, long), replay) in stages.items()
+    }
+    epochs = [f"{i}-{i}:{short},{long}" for i, ((short, long), _) in enumerate(stages.values(), start=1)]
+    first_replay = next((i for i, (_, replay) in enumerate(stages.values(), start=1) if replay), 0)
+    runs["all"] = {"num_epochs": len(stages), "window_schedule": ";".join(epochs), "replay_from_epoch": first_replay}
+    return {name: settings | {"swa_epochs": 0, "readout_epochs": 1} for name, settings in runs.items()}
+
+
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
     """What the run needs of memory and disk, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
@@ -1330,7 +1346,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Session("two_hour", Config, DEMO, argv, __file__, record_sizes)
     c = run.config
     plan = run.world.main_first(make_plan, c, run.splits["train"])
-    run.require(plan, count_sizes(c, run.dtype))
+    run.require(plan, count_sizes(c, run.dtype), short_runs(c))
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
     run.open({kernel.name: kernel.chosen for kernel in kernels}, slower_kernels(kernels))
 

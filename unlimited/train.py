@@ -1153,15 +1153,15 @@ def make_stage(config: Config, replay: bool, taught: bool) -> Stage:
     """The steps with or without layer replay, with or without a teacher."""
     layers = len(config.layer_order(replay))
     heads = 2 if config.mtp_weight else 1
-    name = "replay" if replay else "plain"
+    without_replay = "" if replay else "_without_replay"
     flops = flops_per_token(config, replay)
     if not taught:
-        return Stage(name, flops, layers, layers, heads)
+        return Stage(f"student{without_replay}", flops, layers, layers, heads)
     teacher_replays = config.replay_from < 1
     forward_and_backward = flops_per_token(replace(config, mtp_weight=0.0), teacher_replays)
     teacher_layers = len(config.layer_order(teacher_replays))
     flops += forward_and_backward / 3  # the teacher only predicts
-    return Stage(f"{name}, taught", flops, layers + teacher_layers, layers, heads + 1)
+    return Stage(f"teacher{without_replay}", flops, layers + teacher_layers, layers, heads + 1)
 
 
 def make_loader(config: Config, split: Split, plan: ChainPlan, world: World) -> Loader:
@@ -1225,7 +1225,8 @@ class Training:
         losses = torch.zeros(2, dtype=self.model.wide, device=self.world.device)
         for virtual_rank, sequences in zip(self.world.virtual_ranks, batch, strict=True):
             losses += self.add_gradient(step, virtual_rank, sequences, values)
-        self.optimizer.step(values)
+        with torch.profiler.record_function("optimizer"):  # as profiles name it
+            self.optimizer.step(values)
         self.shards.zero_grads()
         return {"train_loss": losses[1], "train_loss_with_mtp": losses[0]}
 
@@ -2031,6 +2032,15 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 # ======================================================================================================================
 
 
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs to measure: of one stage, by its name, or that end with it, and "all", with each stage."""
+    both = {"chains": 1, "cycles": 2, "teach_after": 1, "cycle_epochs": 1, "first_cycle_epochs": 1}
+    student = both | {"cycles": 1, "teach_after": 0}
+    if config.has_teacher:
+        return {"student": student, "teacher": both, "all": both}
+    return {"student": student, "all": student}
+
+
 def count_sizes(config: Config, dtype: torch.dtype, splits: dict[str, Split], num_groups: int) -> Sizes:
     """What the run needs of memory and disk, from the shapes alone. splits: those whose losses are kept."""
     masters = init_masters(config, dtype, torch.device("meta"))
@@ -2128,7 +2138,7 @@ def main(argv: list[str] | None = None) -> int:
     num_groups = max(1, run.world.size // group_size)
     scored = {name: split for name, split in splits.items() if name != "train"}
     sizes = count_sizes(c, run.dtype, scored, num_groups)
-    run.require(plan, sizes, repeats=c.chains, processes=group_size, trains=not c.select_only)
+    run.require(plan, sizes, short_runs(c), repeats=c.chains, processes=group_size, trains=not c.select_only)
     run.world.main_first(run.world.check_groups, group_size, "--processes-per-chain")
     group = run.world.split(group_size)
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
