@@ -1153,7 +1153,7 @@ def make_stage(config: Config, replay: bool, taught: bool) -> Stage:
     """The steps with or without layer replay, with or without a teacher."""
     layers = len(config.layer_order(replay))
     heads = 2 if config.mtp_weight else 1
-    without_replay = "" if replay else "_without_replay"
+    without_replay = "_without_replay" if 0 < config.replay_from < 1 and not replay else ""
     flops = flops_per_token(config, replay)
     if not taught:
         return Stage(f"student{without_replay}", flops, layers, layers, heads)
@@ -2035,6 +2035,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 def short_runs(config: Config) -> dict[str, dict]:
     """Settings of runs to measure: of one stage, by its name, or that end with it, and "all", with each stage."""
     both = {"chains": 1, "cycles": 2, "teach_after": 1, "cycle_epochs": 1, "first_cycle_epochs": 1}
+    both["fitness_tokens"] = 20000  # of a small data set
     student = both | {"cycles": 1, "teach_after": 0}
     if config.has_teacher:
         return {"student": student, "teacher": both, "all": both}
