@@ -50,7 +50,7 @@ from slowrun.machine import (
 )
 from slowrun.plan import Sizes, StepPlan, describe, summary
 from slowrun.scoring import EvalSet, Score, TokenLosses, data_efficiency
-from slowrun.world import World, join, processes_here
+from slowrun.world import World, join
 
 MEASURED = {  # settings of short runs that are no script's matter
     "val_sequences": 8, "eval_initial": False, "checkpoints": False, "time_cap_min": 0.0, "wandb": "off",
@@ -1019,7 +1019,7 @@ def duration(seconds: float) -> str:
 def resume_command(processes: int, folder: Path) -> str:
     """What resumes a run on this machine."""
     start = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
-    if processes != processes_here():
+    if processes != int(os.environ.get("LOCAL_WORLD_SIZE", processes)):  # torchrun says how many are on this machine
         start = "torchrun, on all machines as before,"
     return f"{start} {sys.argv[0]} --resume {folder}"
 

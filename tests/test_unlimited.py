@@ -219,7 +219,7 @@ def test_plan_of_the_record():
     steps = np.bincount(plan.cycle[:-1])
     assert steps[0] == round(2 * 3046 / 12) and steps[30] == round(2 * 3046 / 16)
     assert [unlimited.is_taught(config, cycle) for cycle in (0, 7, 8, 95, 96)] == [False, False, True, True, False]
-    assert [stage.name for stage in plan.stages.values()] == ["replay", "replay, taught"]
+    assert [stage.name for stage in plan.stages.values()] == ["student", "teacher"]
     assert unlimited.batch_tokens(unlimited.Config(cycles=1), 0) == 524288
 
 
@@ -586,22 +586,14 @@ def test_stopped_by_a_signal_and_resumed(base, folder, monkeypatch, capsys):
 def test_an_ensemble_without_checkpoints(base, folder, monkeypatch, capsys):
     """Snapshots are written, checkpoints are not: the chain that a signal stopped begins anew, with the same result."""
     values = base | TINY | {"dropout": 0.1}
-    assert unlimited.main(flags(**values | {"run_name": "reference"})) == 0
-    step_of = unlimited.Chain.train_step
-
-    def interrupted(chain, step):
-        if (chain.number, step) == (1, 11):
-            signal.raise_signal(signal.SIGTERM)
-        return step_of(chain, step)
-
-    monkeypatch.setattr(unlimited.Chain, "train_step", interrupted)
-    assert unlimited.main(flags(**values | {"checkpoints": False})) == 1
+    assert run(flags(**values | {"run_name": "reference"})) == 0
+    signal_at(monkeypatch, chain=1, step=11)
+    assert run(flags(**values | {"checkpoints": False})) == 1
     printed = capsys.readouterr().out
-    assert "no checkpoints, so --resume would begin chains anew" in printed
-    assert f"with --no-checkpoints, python {sys.argv[0]} --resume {folder} begins the unfinished chains anew" in printed
+    assert "no checkpoints, so --resume would begin anew" in printed
+    assert f"which --no-checkpoints did not save: python {sys.argv[0]} --resume {folder} begins anew" in printed
     assert not list(folder.rglob("step_*")) and list((folder / "chains/chain_00/final").glob("*.safetensors"))
-    monkeypatch.setattr(unlimited.Chain, "train_step", step_of)
-    assert unlimited.main(["--resume", str(folder)]) == 0
+    assert run(["--resume", str(folder)]) == 0
     assert "chain 1 | no checkpoint yet: starting from step 0" in capsys.readouterr().out
     assert results_of(folder) == results_of(folder.parent / "reference")
 

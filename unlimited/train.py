@@ -1153,17 +1153,15 @@ def make_stage(config: Config, replay: bool, taught: bool) -> Stage:
     """The steps with or without layer replay, with or without a teacher."""
     layers = len(config.layer_order(replay))
     heads = 2 if config.mtp_weight else 1
-    name = "teacher" if taught else "student"
-    if not replay and 0 < config.replay_from < 1:
-        name += "_without_replay"
+    without_replay = "_without_replay" if 0 < config.replay_from < 1 and not replay else ""
     flops = flops_per_token(config, replay)
     if not taught:
-        return Stage(name, flops, layers, layers, heads)
+        return Stage(f"student{without_replay}", flops, layers, layers, heads)
     teacher_replays = config.replay_from < 1
     forward_and_backward = flops_per_token(replace(config, mtp_weight=0.0), teacher_replays)
     teacher_layers = len(config.layer_order(teacher_replays))
     flops += forward_and_backward / 3  # the teacher only predicts
-    return Stage(name, flops, layers + teacher_layers, layers, heads + 1)
+    return Stage(f"teacher{without_replay}", flops, layers + teacher_layers, layers, heads + 1)
 
 
 def make_loader(config: Config, split: Split, plan: ChainPlan, world: World) -> Loader:
@@ -2034,6 +2032,16 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 # ======================================================================================================================
 
 
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs to measure: of one stage, by its name, or that end with it, and "all", with each stage."""
+    both = {"chains": 1, "cycles": 2, "teach_after": 1, "cycle_epochs": 1, "first_cycle_epochs": 1}
+    both["fitness_tokens"] = 20000  # of a small data set
+    student = both | {"cycles": 1, "teach_after": 0}
+    if config.has_teacher:
+        return {"student": student, "teacher": both, "all": both}
+    return {"student": student, "all": student}
+
+
 def count_sizes(config: Config, dtype: torch.dtype, splits: dict[str, Split], num_groups: int) -> Sizes:
     """What the run needs of memory and disk, from the shapes alone. splits: those whose losses are kept."""
     masters = init_masters(config, dtype, torch.device("meta"))
@@ -2064,16 +2072,6 @@ def count_sizes(config: Config, dtype: torch.dtype, splits: dict[str, Split], nu
         score_bytes=4 * members * targets,
         models=min(num_groups, config.chains),
     )
-
-
-def short_runs(config: Config) -> dict[str, dict]:
-    """Settings of runs to measure: of one stage, by its name, and "all"; a teacher needs a cycle before its own."""
-    both = {"chains": 1, "cycles": 2, "teach_after": 1, "cycle_epochs": 1, "first_cycle_epochs": 1}
-    runs = {"student": both | {"cycles": 1, "teach_after": 0}}
-    runs["all"] = both if config.has_teacher else runs["student"]
-    if config.has_teacher:
-        runs["teacher"] = both
-    return {name: settings | {"fitness_tokens": 20000} for name, settings in runs.items()}
 
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> list[Kernel]:
@@ -2141,8 +2139,7 @@ def main(argv: list[str] | None = None) -> int:
     num_groups = max(1, run.world.size // group_size)
     scored = {name: split for name, split in splits.items() if name != "train"}
     sizes = count_sizes(c, run.dtype, scored, num_groups)
-    trains = not c.select_only
-    run.require(plan, sizes, short_runs(c), repeats=c.chains, processes=group_size, trains=trains)
+    run.require(plan, sizes, short_runs(c), repeats=c.chains, processes=group_size, trains=not c.select_only)
     run.world.main_first(run.world.check_groups, group_size, "--processes-per-chain")
     group = run.world.split(group_size)
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
