@@ -14,9 +14,9 @@ were kept from training, and the probabilities of the snapshots with the largest
 A group of processes, by default those of a machine, trains a chain together, and takes its chains one after the other.
 Groups do not talk to each other before all chains are done, and their number does not change the result.
 
-This file is the whole experiment, in reading order: Config, Model, Optimizer, Schedules, Data order,
-Training step, Chain, Selection, Readout, main. What no record may change (the score, the clock, the run folder) and the
-plumbing that no record wants to read (processes, flags, checkpoints, communication) are in slowrun/.
+This file is the whole experiment, in reading order: Config, Model, Optimizer, Schedules, Data order, Training step,
+Chain, Selection, Readout, main. What no record may change (the score, the clock, the run folder) and the plumbing that
+no record wants to read (processes, flags, checkpoints, communication) are in slowrun/.
 
 Notation in shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H, L = n_layer, V = vocab_size, M members.
 """
