@@ -50,11 +50,16 @@ def folder(base) -> Path:
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of a run in this process."""
+    """The exit code of a run in this process; a run that is refused gives back its lock, as at a process's end."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return exit_code(partial(unlimited.main, arguments), SCRIPT)
     except SystemExit as end:  # of a run that has finished
         return end.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        gc.collect()
 
 
 def read(path: Path) -> dict:
