@@ -490,7 +490,7 @@ class Session:
         if "holdout" in self.eval_sets:
             holdout = self._score("holdout", losses)
             if holdout is None:
-                if self.config.checkpoints:
+                if self.config.checkpoints and not self.save_failure:  # else there is none of this step
                     self._update_checkpoint()
                 return self._say_how_to_resume()
         failure = self.world.on_main(self._save_final, mixing, members, stage)
