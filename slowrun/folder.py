@@ -232,6 +232,15 @@ class RunFolder:
         if self.wandb is not None and to_wandb:
             self.wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
 
+    def summarize(self, result: dict) -> None:
+        """Show the result in Weights & Biases. A failure is a line of the log."""
+        if self.wandb is None:
+            return
+        try:
+            self.wandb.summary.update(result)
+        except Exception as error:
+            self.log(f"wandb: {type(error).__name__}: {error}")
+
     def drop_metrics_after(self, step: int, readouts: Collection[str]) -> None:
         """Keep the lines of the first `step` steps and of these readouts: what a killed run lost will be repeated."""
         path = self.path / "metrics.jsonl"

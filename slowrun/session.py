@@ -501,8 +501,7 @@ class Session:
             failure = failure or try_to_write_json(self.folder.path / "result.json", result)
             if not failure:
                 shutil.rmtree(self.folder.path / "checkpoints")
-                if self.folder.wandb is not None:
-                    self.folder.wandb.summary.update(result)
+                self.folder.summarize(result)
         failure = self.world.on_main(lambda: failure)
         if failure:
             folder = self.folder.path
