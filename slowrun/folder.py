@@ -372,7 +372,8 @@ def draw_curve(folder: Path, labels: dict[int, str], val_loss: float | None = No
         if 0 < step < last_step:
             axes.axvline(step, linestyle=":", linewidth=1, color="gray")
             axes.annotate(text, (step, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right")
-    axes.legend()
+    if lines:
+        axes.legend()
     losses = [line.get("train_loss", line.get("val_loss")) for line in lines]
     losses = [loss for loss in losses if math.isfinite(loss)]
     if len(losses) > 100:  # the fall of the first steps would leave no room for what follows
