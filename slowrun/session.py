@@ -132,21 +132,23 @@ class Session:
         self.saved = None
         if resumed is None:
             self.config = config_class(**given)
+            device = self.config.device
         else:  # read by every process, because the device decides how they join
-            saved = run_folder.read_config(Path(resumed))
-            self.config = config_class(**saved["config"] | {k: given[k] for k in RESUME_MAY_CHANGE & given.keys()})
-        c = self.config
+            device = run_folder.read_config(Path(resumed))["config"]["device"]
         if self.plan_file is not None:
             self._prepare_plan()
             return
-        self.world = join(c.device)
-        self.dtype = compute_dtype(c.dtype, self.world.device)
+        self.world = join(device)
         if resumed is not None:
             self.saved = self.world.on_main(reopen, track, Path(resumed), given, self.script)
             if self.saved["finished"]:
                 if self.world.is_main:
                     print(f"{resumed} has finished, see {resumed}/result.json")
                 raise SystemExit(0)
+            changed = {name: given[name] for name in RESUME_MAY_CHANGE & given.keys()}
+            self.config = self.world.main_first(partial(config_class, **self.saved["config"] | changed))
+        c = self.config
+        self.dtype = compute_dtype(c.dtype, self.world.device)
         self.splits = self.world.main_first(load_splits, c.data_dir, c.vocab_size, c.sequence_len)
         lengths, self.bytes_from = self.world.on_main(token_bytes, c.data_dir, c.vocab_size)
         self.eval_sets = {
