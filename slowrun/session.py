@@ -323,7 +323,11 @@ class Session:
             (self.folder.path / "result.json").unlink(missing_ok=True)  # of an attempt that failed
             return info
 
-        info = self.world.on_main(read)
+        try:
+            info = self.world.on_main(read)
+        except ValueError:
+            self._close()
+            raise
         if info is None:
             self.log("no checkpoint yet: starting from step 0")
             return
