@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,10 @@ def on_processes(script, arguments: list[str], count: int = 1, kill_at: int = 0)
     A server that has imported torch forks them, which saves seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest"])
+    context.set_forkserver_preload(["conftest", script.__name__])
+    with pytest.MonkeyPatch.context() as patch:  # the server does not know of pytest's path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

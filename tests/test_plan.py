@@ -71,7 +71,7 @@ def test_a_plan_as_json(plan):
     assert "from step 4: 1 steps of 10 tokens" in lines[2] and "estimated in bfloat16" in lines[-1]
 
 
-# ---------------------------------------------------------------------------------------------------- tracks' own orders
+# -------------------------------------------------------------------------------------------------- tracks' own orders
 
 
 def small_plan(track, data_dir, **changes) -> tuple:

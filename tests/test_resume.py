@@ -22,7 +22,6 @@ from conftest import (
     read_result,
     refusal,
     run_main,
-    run_to_end,
     write_data,
 )
 
@@ -147,17 +146,15 @@ def test_times_are_those_of_the_whole_run(stopped):
     assert 1000.0 < result["train_time_s"] < 5000.0 < result["wall_time_s"]
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_killed_and_resumed_on_another_number_of_processes(paths, folder, reference, count):
-    assert on_processes(toy, flags(**paths), count=count, kill_at=9) == [-signal.SIGKILL] * count
-    assert resume(folder) == 0
-    assert_agree(folder, reference)
+def test_the_number_of_processes_may_change(paths, folder, reference):
+    """Stopped alone, killed on two, finished on four."""
     with interrupt(toy, "step", 3):
-        assert run_main(toy, flags(**paths | {"run_name": "other"})) == 0
-    other = folder.with_name("other")
-    assert on_processes(toy, ["--resume", str(other)], count=count) == [0] * count
-    assert_agree(other, reference)
-    assert read_result(other)["world_size"] == count
+        assert run_main(toy, flags(**paths)) == 0
+    assert on_processes(toy, ["--resume", str(folder)], 2, kill_at=5) == [-signal.SIGKILL] * 2
+    assert [path.stem for path in checkpoints(folder)] == ["step_0000003", "step_0000006"]
+    assert on_processes(toy, ["--resume", str(folder)], 4) == [0] * 4
+    assert_agree(folder, reference)
+    assert read_result(folder)["world_size"] == 4
 
 
 def wait_for_steps(folder: Path, count: int, process: subprocess.Popen) -> None:
@@ -282,9 +279,3 @@ def test_with_no_checkpoint_left_a_run_begins_anew(stopped, reference):
     assert resume(stopped) == 0
     assert "no checkpoint yet: starting from step 0" in (stopped / "log.txt").read_text()
     assert_same_outcome(stopped, reference)
-
-
-def test_run_to_end_by_command_line(paths, folder):
-    """As users start it, once: exit code 0, and the line at the end."""
-    output = run_to_end(SCRIPT, flags(**paths))
-    assert f"run folder {folder}, curve {folder / 'curve.png'}" in output
