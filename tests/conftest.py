@@ -292,6 +292,24 @@ def assert_same_outcome(folder: Path, reference: Path) -> None:
             assert torch.equal(final[member][name], tensor), (member, name)
 
 
+def assert_agree(folder: Path, reference: Path, tolerance: float = 1e-9) -> None:
+    """Metrics, losses and final weights to a tolerance, because sums over processes are rounded in another order."""
+    (metrics, result, final), (expected_metrics, expected_result, expected_final) = outcome(folder), outcome(reference)
+    for line, expected in zip(metrics, expected_metrics, strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in expected.items():
+            is_exact = not isinstance(value, float)
+            assert line[name] == (value if is_exact else pytest.approx(value, abs=tolerance)), (name, line["step"])
+    for name in ("readouts", "val_loss", "val_bpb", "best_val_loss", "holdout_loss", "holdout_bpb"):
+        assert result[name] == pytest.approx(expected_result[name], abs=tolerance), name
+    for name in ("stopped_by", "steps", "tokens", "val_tokens", "val_bytes", "parameters", "code_sha256"):
+        assert result[name] == expected_result[name], name
+    assert final.keys() == expected_final.keys()
+    for member, weights in expected_final.items():
+        for name, tensor in weights.items():
+            assert (final[member][name] - tensor).abs().max() < 10 * tolerance, (member, name)
+
+
 def in_own_process(module: str, arguments: list[str], rank: int, size: int, port: int, kill_at: int) -> None:
     """What on_processes runs in each of them."""
     torch.set_num_threads(1)

@@ -117,14 +117,14 @@ def test_the_table_of_a_trace(tmp_path):
         {"cat": "cpu_op", "name": "inner", "ts": 1000, "dur": 6000},
         {"cat": "cpu_op", "name": "inner", "ts": 8000, "dur": 1000},
         {"cat": "cpu_op", "name": "after", "ts": 20_000, "dur": 2000},
-        {"cat": "cpu_op", "name": "outer", "ts": 0, "dur": 4000, "tid": 2},
+        {"cat": "cpu_op", "name": "outer", "ts": 0, "dur": 2000, "tid": 2},
     ]
     title, *lines = table_of(tmp_path, *operators)
     assert title[3:] == ["operator,", "without", "what", "it", "calls"]
     assert lines == [
-        ["7.000", "43.8%", "2", "inner"],
-        ["7.000", "43.8%", "2", "outer"],
-        ["2.000", "12.5%", "1", "after"],
+        ["7.000", "50.0%", "2", "inner"],
+        ["5.000", "35.7%", "2", "outer"],
+        ["2.000", "14.3%", "1", "after"],
     ]
     kernel = {"cat": "kernel", "name": "matmul", "ts": 500, "dur": 3000}
     title, *lines = table_of(tmp_path, *operators, kernel)

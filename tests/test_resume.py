@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import toy
 from conftest import (
+    assert_agree,
     assert_same_outcome,
     flags,
     interrupt,
     launch,
     on_processes,
-    outcome,
     read_metrics,
     read_result,
     refusal,
@@ -63,19 +63,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def resume(folder: Path, **changes) -> int:
     return run_main(toy, ["--resume", str(folder), *flags(**changes)])
-
-
-def assert_agree(folder: Path, reference: Path, tolerance: float = 1e-9) -> None:
-    """Metrics, losses and final weights to a tolerance: sums over processes are rounded otherwise."""
-    (metrics, result, final), (expected_metrics, expected_result, expected_final) = outcome(folder), outcome(reference)
-    for line, expected in zip(metrics, expected_metrics, strict=True):
-        assert line == pytest.approx(expected, abs=tolerance)
-    assert result["readouts"] == pytest.approx(expected_result["readouts"], abs=tolerance)
-    assert result["holdout_loss"] == pytest.approx(expected_result["holdout_loss"], abs=tolerance)
-    assert result["steps"] == expected_result["steps"]
-    for member, weights in expected_final.items():
-        for name, tensor in weights.items():
-            assert (final[member][name] - tensor).abs().max() < tolerance
 
 
 # ---------------------------------------------------------------------------------------------------- stopped or killed
