@@ -364,9 +364,9 @@ def run_to_end(script: str, arguments: list[str], processes: int = 1, **options)
     return output
 
 
-def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) -> None:
-    """Fill a model as tests/golden/README.md says."""
-    parameters = dict(model.named_parameters())
+def golden_values(parameters: dict[str, torch.Tensor], param_seed: int, n_embd: int) -> dict[str, torch.Tensor]:
+    """Values for parameters by name, as tests/golden/README.md says, in their dtypes."""
+    values = {}
     for k, name in enumerate(sorted(parameters)):
         shape = tuple(parameters[name].shape)
         z = np.random.RandomState(param_seed + k).standard_normal(shape)
@@ -382,7 +382,15 @@ def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) 
             value = z / np.sqrt(shape[1])
         else:
             value = 0.1 + 0.1 * z
-        parameters[name].data.copy_(torch.from_numpy(value))
+        values[name] = torch.from_numpy(value).to(parameters[name].dtype)
+    return values
+
+
+def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) -> None:
+    """Fill a model with golden_values."""
+    parameters = dict(model.named_parameters())
+    for name, value in golden_values(parameters, param_seed, n_embd).items():
+        parameters[name].data.copy_(value)
 
 
 def figures(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:

@@ -592,6 +592,7 @@ def test_a_plan(paths, tmp_path, monkeypatch, capsys, processes):
     assert content["num_steps"] == sum(stage["steps"] for stage in content["stages"])
     assert rules.OFFICIAL_TRAIN_TOKENS * 1.9 < content["tokens"] < rules.OFFICIAL_TRAIN_TOKENS * 2
     assert [stage["stage"] for stage in content["stages"]] == ["early", "late"]
+    assert list(content["short_runs"]) == ["all"] and "--num-epochs=1" in content["short_runs"]["all"]
     assert capsys.readouterr().out.count("written to") == 1
     assert not Path(paths["runs_dir"]).exists()
 
