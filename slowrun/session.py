@@ -665,7 +665,10 @@ class Session:
         if self.world.is_main:
             result = self._result(readout, holdout, mixing)
             self.folder.draw_curve(self.plan.labels, result["val_loss"])
-            failure = self.publish(result) or failure
+            if failure:  # printed, but not written: it would look finished
+                self.log(final_block(result, self.folder.path))
+            else:
+                failure = self.publish(result)
             if not failure:
                 shutil.rmtree(self.folder.path / "checkpoints")
                 self.folder.summarize(result)
