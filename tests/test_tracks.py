@@ -210,8 +210,14 @@ BAD_FLAGS = [
     ({"n_embd": 24}, "--n-embd is 24: it must be at least 32"),
     ({"micro_batch": 3, "batch_tokens": 768}, "the meta-gradient cannot halve 1 micro-step(s) of 3 sequences"),
     ({"micro_batch": 2, "batch_tokens": 1536}, "the meta-gradient cannot halve 3 micro-step(s) of 2 sequences"),
-    ({"micro_batch": 8, "batch_tokens": 4096, "device_batch": 3}, "device_batch 3 does not divide the 8 sequences"),
-    ({"micro_batch": 8, "batch_tokens": 2048, "device_batch": 3}, "device_batch 3 does not divide the 4 sequences"),
+    (
+        {"micro_batch": 8, "batch_tokens": 4096, "device_batch": 3},
+        "device_batch 3 does not divide the 8 sequences of a term",
+    ),
+    (
+        {"micro_batch": 8, "batch_tokens": 2048, "device_batch": 3},
+        "device_batch 3 does not divide the 4 sequences of a term",
+    ),
     ({"device_batch": -1}, "--device-batch is -1: it must be at least 0"),
     ({"sequence_len": 3}, "--sequence-len is 3: it must be at least 4"),
     ({"window_pattern": "SXL"}, "window_pattern 'SXL' must consist of the letters S and L"),
