@@ -151,22 +151,23 @@ class Session:
         may_change |= RESUME_MAY_CHANGE
         if resumed is None:
             self.config = config_class(**given)
+            device = self.config.device
         else:  # read by every process, because the device decides how they join
-            saved = run_folder.read_config(Path(resumed))
+            device = run_folder.read_config(Path(resumed))["config"]["device"]
             self.changed = {name: given[name] for name in sorted(may_change & given.keys())}
-            self.config = config_class(**saved["config"] | self.changed)
-        c = self.config
         if self.plan_file is not None:
             self._prepare_plan()
             return
-        self.world = join(c.device, one_model)
-        self.dtype = compute_dtype(c.dtype, self.world.device)
+        self.world = join(device, one_model)
         if resumed is not None:
             self.saved = self.world.on_main(reopen, track, Path(resumed), given, self.script, may_change)
-            if self.saved["finished"] and not any(getattr(c, name) for name in reopened_by):
+            self.config = self.world.main_first(partial(config_class, **self.saved["config"] | self.changed))
+            if self.saved["finished"] and not any(getattr(self.config, name) for name in reopened_by):
                 if self.world.is_main:
                     print(f"{resumed} has finished, see {resumed}/result.json")
                 raise SystemExit(0)
+        c = self.config
+        self.dtype = compute_dtype(c.dtype, self.world.device)
         self.splits = self.world.main_first(load_splits, c.data_dir, c.vocab_size, c.sequence_len)
         self.token_bytes, self.bytes_from = self.world.on_main(token_bytes, c.data_dir, c.vocab_size)
         self.eval_sets = {
@@ -461,7 +462,11 @@ class Session:
             (self.folder.path / "result.json").unlink(missing_ok=True)  # of an attempt that failed
             return info
 
-        info = self.world.on_main(read)
+        try:
+            info = self.world.on_main(read)
+        except ValueError:
+            self.close()
+            raise
         if info is None:
             self.log("no checkpoint yet: starting from step 0")
             return
@@ -653,18 +658,20 @@ class Session:
         if "holdout" in self.eval_sets:
             holdout = self._score("holdout", losses)
             if holdout is None:
-                if self.config.checkpoints:
+                if self.config.checkpoints and not self.save_failure:  # else there is none of this step
                     self._update_checkpoint()
                 return self._say_how_to_resume()
         failure = self.world.on_main(self._save_final, mixing, members, stage)
         if self.world.is_main:
             result = self._result(readout, holdout, mixing)
             self.folder.draw_curve(self.plan.labels, result["val_loss"])
-            failure = self.publish(result) or failure
+            if failure:  # printed, but not written: it would look finished
+                self.log(final_block(result, self.folder.path))
+            else:
+                failure = self.publish(result)
             if not failure:
                 shutil.rmtree(self.folder.path / "checkpoints")
-                if self.folder.wandb is not None:
-                    self.folder.wandb.summary.update(result)
+                self.folder.summarize(result)
         failure = self.world.on_main(lambda: failure)
         return self.finished(failure)
 
