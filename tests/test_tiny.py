@@ -206,8 +206,8 @@ def test_records_have_toy_sizes(number):
     """--record N --demo is a config, and what the record goes without stays off."""
     script = ROOT / "tiny/train.py"
     arguments = ["--record", str(number), "--demo"]
-    given, _ = parse_flags("tiny", tiny.Config, tiny.DEMO, arguments, script, "")
-    config = tiny.Config(**given)
+    line = parse_flags("tiny", tiny.Config, tiny.DEMO, arguments, script, "", tiny.record_sizes)
+    config = tiny.Config(**line.values)
     (path,) = (ROOT / "records/tiny").glob(f"{number:02}-*.json")
     settings = json.loads(path.read_text())["settings"]
     assert config.n_layer == 4
