@@ -1,4 +1,4 @@
-"""The limited track's experiment: golden numbers, model, optimizer, schedules, earlier records, and what is compiled."""
+"""The limited track: golden numbers, model, optimizer, schedules, earlier records, and what is compiled."""
 
 import json
 import math
@@ -400,7 +400,7 @@ def test_every_master_is_in_one_group(switches):
 
 
 def test_masters_have_their_dtypes():
-    """Tables are stored in the compute dtype; all gradients and moments are float32, and lambdas stay so in the model."""
+    """Tables are stored in the compute dtype; gradients and moments are float32, and so are lambdas in the model."""
     train = limited.Training(limited.Config(**SMALL), ALONE, torch.bfloat16, KERNELS, compiled=False)
     narrow = [name for name, master in train.masters.items() if master.dtype == torch.bfloat16]
     assert narrow == ["transformer.wte.weight"]
