@@ -232,6 +232,15 @@ class RunFolder:
         if self.wandb is not None and to_wandb:
             self.wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
 
+    def summarize(self, result: dict) -> None:
+        """Show the result in Weights & Biases. A failure is a line of the log."""
+        if self.wandb is None:
+            return
+        try:
+            self.wandb.summary.update(result)
+        except Exception as error:
+            self.log(f"wandb: {type(error).__name__}: {error}")
+
     def drop_metrics_after(self, step: int, readouts: Collection[str]) -> None:
         """Keep the lines of the first `step` steps and of these readouts: what a killed run lost will be repeated."""
         path = self.path / "metrics.jsonl"
@@ -363,7 +372,8 @@ def draw_curve(folder: Path, labels: dict[int, str], val_loss: float | None = No
         if 0 < step < last_step:
             axes.axvline(step, linestyle=":", linewidth=1, color="gray")
             axes.annotate(text, (step, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right")
-    axes.legend()
+    if lines:
+        axes.legend()
     losses = [line.get("train_loss", line.get("val_loss")) for line in lines]
     losses = [loss for loss in losses if math.isfinite(loss)]
     if len(losses) > 100:  # the fall of the first steps would leave no room for what follows

@@ -132,21 +132,23 @@ class Session:
         self.saved = None
         if resumed is None:
             self.config = config_class(**given)
+            device = self.config.device
         else:  # read by every process, because the device decides how they join
-            saved = run_folder.read_config(Path(resumed))
-            self.config = config_class(**saved["config"] | {k: given[k] for k in RESUME_MAY_CHANGE & given.keys()})
-        c = self.config
+            device = run_folder.read_config(Path(resumed))["config"]["device"]
         if self.plan_file is not None:
             self._prepare_plan()
             return
-        self.world = join(c.device)
-        self.dtype = compute_dtype(c.dtype, self.world.device)
+        self.world = join(device)
         if resumed is not None:
             self.saved = self.world.on_main(reopen, track, Path(resumed), given, self.script)
             if self.saved["finished"]:
                 if self.world.is_main:
                     print(f"{resumed} has finished, see {resumed}/result.json")
                 raise SystemExit(0)
+            changed = {name: given[name] for name in RESUME_MAY_CHANGE & given.keys()}
+            self.config = self.world.main_first(partial(config_class, **self.saved["config"] | changed))
+        c = self.config
+        self.dtype = compute_dtype(c.dtype, self.world.device)
         self.splits = self.world.main_first(load_splits, c.data_dir, c.vocab_size, c.sequence_len)
         lengths, self.bytes_from = self.world.on_main(token_bytes, c.data_dir, c.vocab_size)
         self.eval_sets = {
@@ -490,7 +492,7 @@ class Session:
         if "holdout" in self.eval_sets:
             holdout = self._score("holdout", losses)
             if holdout is None:
-                if self.config.checkpoints:
+                if self.config.checkpoints and not self.save_failure:  # else there is none of this step
                     self._update_checkpoint()
                 return self._say_how_to_resume()
         failure = self.world.on_main(self._save_final, mixing, members, stage)
@@ -501,8 +503,7 @@ class Session:
             failure = failure or try_to_write_json(self.folder.path / "result.json", result)
             if not failure:
                 shutil.rmtree(self.folder.path / "checkpoints")
-                if self.folder.wandb is not None:
-                    self.folder.wandb.summary.update(result)
+                self.folder.summarize(result)
         failure = self.world.on_main(lambda: failure)
         if failure:
             folder = self.folder.path

@@ -1,25 +1,38 @@
 """What the tests share: the scripts under test, the golden numbers, small data, a small configuration."""
 
 import importlib
+import itertools
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from slowrun.clock import Clock
 from slowrun.config import parse_flags
 from slowrun.data import Split, sha256_file
-from slowrun.folder import write_json
+from slowrun.folder import RunFolder, write_json
+from slowrun.session import exit_code
+from slowrun.session import launch as run_and_exit
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the models are tiny
-# The modules of slowrun/
-INSTRUMENT = ("__init__", "clock", "config", "data", "folder", "machine", "rules", "scoring", "session", "world")
+INSTRUMENT = (  # the modules of slowrun/
+    "__init__", "clock", "config", "data", "folder", "kernels", "machine", "plan", "rules", "scoring", "session",
+    "sharded", "weights", "world",
+)  # fmt: skip
 # Track -> module; a new track adds itself here and below
 TRACKS = {"limited": "train", "tiny": "tiny.train", "two_hour": "two_hour.train"}
 UNLIMITED = {"unlimited": "unlimited.train"}  # whose runs are of another kind: tests/test_unlimited.py
@@ -59,9 +72,14 @@ FOUR_LAYERS = {"limited": {"n_layer": 4, "replay_start": 2, "replay_end": 3}, "t
 FOUR_LAYERS["two_hour"] = FOUR_LAYERS["unlimited"] = FOUR_LAYERS["limited"]
 
 
+def name_of(track) -> str:
+    """The name of a track, by the module of its script."""
+    return next(name for name, module in (TRACKS | UNLIMITED).items() if module == track.__name__)
+
+
 def sized(track, sequence_len: int) -> dict:
     """Fields of Config for sequences of this length, windows of a half and of all of it."""
-    windows = {"window_schedule": f"1-99:{sequence_len // 2},{sequence_len}"} if track.TRACK == "two_hour" else {}
+    windows = {"window_schedule": f"1-99:{sequence_len // 2},{sequence_len}"} if name_of(track) == "two_hour" else {}
     return {"sequence_len": sequence_len} | windows
 
 
@@ -146,7 +164,7 @@ def data_dir(tmp_path_factory) -> Path:
 @pytest.fixture
 def small(track, data_dir, tmp_path) -> dict:
     """Fields of Config for a small run in a folder of its own."""
-    return SMALL[track.TRACK] | {
+    return SMALL[name_of(track)] | {
         "data_dir": str(data_dir),
         "runs_dir": str(tmp_path / "runs"),
         "run_name": "run",
@@ -174,8 +192,8 @@ def no_pictures(request, monkeypatch):
 def parse(track, arguments: list[str]) -> dict:
     """The fields of Config that a command line of a track's script gives."""
     of_record = getattr(track, "record_sizes", None)
-    given, _ = parse_flags(track.TRACK, track.Config, track.DEMO, arguments, Path(track.__file__), "", of_record)
-    return given
+    script = Path(track.__file__)
+    return parse_flags(name_of(track), track.Config, track.DEMO, arguments, script, "", of_record).values
 
 
 def script_of(track) -> str:
@@ -183,24 +201,126 @@ def script_of(track) -> str:
     return str(Path(track.__file__).relative_to(ROOT))
 
 
-class FakeTime:
-    """Gives a trainer a clock by which a step takes so long, and nothing else takes any time."""
+def run_main(script, arguments: list[str]) -> int:
+    """The exit code of a script; script: its module."""
+    return exit_code(partial(script.main, arguments), script.__file__)
 
-    def __init__(self, trainer, step_s: float = 1.0):
-        self.time_s, train_step = 0.0, trainer.train_step
 
-        def timed(step: int):
-            self.time_s += step_s
-            return train_step(step)
+def refusal(script, arguments: list[str]) -> str:
+    """Why a script refuses a command line."""
+    with pytest.raises(ValueError) as caught:
+        script.main(arguments)
+    return str(caught.value)
 
-        trainer.train_step = timed
-        trainer.clock.now = lambda: self.time_s
+
+@contextmanager
+def on_call(owner, name: str, count: int, action: Callable[[], Any]) -> Iterator[None]:
+    """Call action() right before the call of this number of a function of a class or module."""
+    function = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == count:
+            action()
+        return function(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, wrapped)
+        yield
+
+
+def interrupt(script, method: str, count: int, number: int = signal.SIGTERM):
+    """A context in which this process gets a signal when a method of the script's Training is called."""
+    return on_call(script.Training, method, count, partial(signal.raise_signal, number))
+
+
+@contextmanager
+def fake_clock(script, scorer_s: float = 0.0) -> Iterator[None]:
+    """A context in which time passes for the clock of runs as said here only.
+
+    An optimizer step takes a second, a call of Training.scorer scorer_s, a batch of validation 100 s, and a checkpoint
+    an hour.
+    """
+    time_s = [1000.0]
+
+    def slowed(function, seconds: float):
+        def wrapped(*args, **kwargs):
+            time_s[0] += seconds
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    make_scorer = slowed(script.Training.scorer, scorer_s)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Clock, "now", staticmethod(lambda: time_s[0]))
+        patch.setattr(script.Training, "step", slowed(script.Training.step, 1.0))
+        patch.setattr(script.Training, "scorer", lambda *args: slowed(make_scorer(*args), 100.0))
+        patch.setattr(RunFolder, "save_checkpoint", slowed(RunFolder.save_checkpoint, 3600.0))
+        yield
 
 
 def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
     """metrics.jsonl as (lines of steps, lines of validations)."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "dt_s" in line], [line for line in lines if "val_loss" in line]
+
+
+def read_result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def outcome(folder: Path) -> tuple[list[dict], dict, dict]:
+    """Metrics, result and final weights of a run, without what may differ between two runs of the same settings."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    of_a_run = {"run", "run_id", "dt_s", "train_time_s", "wall_time_s", "tokens_per_s", "peak_memory_gib"}
+    metrics = [{key: value for key, value in line.items() if key not in of_a_run} for line in metrics]
+    result = {key: value for key, value in read_result(folder).items() if key not in of_a_run}
+    final = {path.stem: load_file(path) for path in sorted((folder / "final").glob("*.safetensors"))}
+    return metrics, result, final
+
+
+def assert_same_outcome(folder: Path, reference: Path) -> None:
+    """Bit for bit."""
+    (metrics, result, final), (expected_metrics, expected_result, expected_final) = outcome(folder), outcome(reference)
+    assert metrics == expected_metrics
+    assert result == expected_result
+    assert final.keys() == expected_final.keys()
+    for member, weights in expected_final.items():
+        assert final[member].keys() == weights.keys()
+        for name, tensor in weights.items():
+            assert torch.equal(final[member][name], tensor), (member, name)
+
+
+def in_own_process(module: str, arguments: list[str], rank: int, size: int, port: int, kill_at: int) -> None:
+    """What on_processes runs in each of them."""
+    torch.set_num_threads(1)
+    if size > 1:
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+    script = importlib.import_module(module)
+    sys.argv = [script.__file__, *arguments]
+    kill = on_call(script.Training, "step", kill_at, partial(os.kill, os.getpid(), signal.SIGKILL))
+    with kill if kill_at else nullcontext(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        run_and_exit(partial(script.main, arguments))
+
+
+def on_processes(script, arguments: list[str], count: int = 1, kill_at: int = 0) -> list[int]:
+    """Run a script on so many processes, without torchrun -> their exit codes. kill_at: the step that kill -9 ends.
+
+    A server that has imported torch forks them, which saves seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    calls = [(script.__name__, arguments, rank, count, port, kill_at) for rank in range(count)]
+    processes = [context.Process(target=in_own_process, args=call) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    return [process.exitcode for process in processes]
 
 
 def launch(script: str, arguments: list[str], processes: int = 1, **options) -> subprocess.Popen:
