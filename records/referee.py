@@ -166,7 +166,7 @@ class Part:
         return [line for line in self.metrics if "val_loss" in line and line["step"] > 0]
 
     def validations_in(self, stage: dict) -> list[dict]:
-        """Those of a model with these arguments: the schedules' values at the step before it, or its own line, say so."""
+        """Those of a model with these arguments, by the values of the step before them or by their own line."""
         at_step = {line["step"]: line for line in self.steps}
         found = []
         for line in self.validations:
