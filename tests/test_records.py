@@ -286,7 +286,7 @@ def test_a_record_of_ensembles_trains(few_tokens, tmp_path):
     sizes = {key: SMALL["unlimited"][key] for key in COMMON.keys() & SMALL["unlimited"].keys() - {"dropout"}}
     sizes |= {"replay_start": 1, "replay_end": 2, "cycles": 3, "cycle_epochs": 1, "first_cycle_epochs": 1}
     sizes |= {"outer_batch_tokens": 1024, "fitness_tokens": 300, "data_dir": str(few_tokens), "runs_dir": str(tmp_path)}
-    assert unlimited.main(["--record=8", "--run-name=run", "--device=cpu", *flags(**sizes)]) == 0
+    assert run_main(unlimited, ["--record=8", "--run-name=run", "--device=cpu", *flags(**sizes)]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert (result["candidates"], result["mixing"], result["leave_out_first"]) == (2, "logit", True)
     assert result["val_loss"] == result["readouts"]["logit_average"] < math.log(V)
