@@ -969,7 +969,8 @@ def check_weights(check: Check, run: Folder, judge: Judge) -> str:
     weights = [number(member["weight"]) for member in run.members]
     check.need(min(weights) >= 0, f"weights of members are negative: {min(weights)}")
     check.need(close(sum(weights), 1, 1e-6), f"weights of members sum to {sum(weights)}, not to 1")
-    if run.config.get("readout") == "average" and run.result["stopped_by"] == "steps":
+    averages = "readout_epochs" in run.config and run.config.get("readout", "average") == "average"
+    if averages and run.result["stopped_by"] == "steps":
         needed = run.config["readout_epochs"]
         check.need(len(weights) == needed, f"{len(weights)} members, by the config the readout has {needed}")
     last = max(len(part.steps) for part in run.parts)
