@@ -35,7 +35,7 @@ sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / 
 from model import GPT, block_names, block_weights, draw_dropped, flops_per_token, init_masters
 from slowrun.config import RunConfig, demo_of_record, require_at_least
 from slowrun.data import Loader, Split, shuffled_documents, shuffled_micro_steps
-from slowrun.kernels import CHUNK, Kernel, attention_error, check_kernels, choose_attention
+from slowrun.kernels import CHUNK, Kernel, attention_error, check_kernels, choose_attention, slower_kernels
 from slowrun.machine import compute_dtype
 from slowrun.plan import Sizes, Stage, StepPlan, stages_of
 from slowrun.scoring import mix_probabilities
@@ -142,14 +142,14 @@ class Config(RunConfig):
         return self.batch_tokens // self.micro_step_tokens
 
     @property
-    def piece(self) -> int:
-        """Sequences that a virtual rank takes at a time: a micro-step; half of one if the meta-gradient has no more."""
+    def term_sequences(self) -> int:
+        """Sequences of a term of the gradient: a micro-step, or half of it where the meta-gradient has only one."""
         return self.micro_batch // 2 if self.meta_gradient and self.micro_steps == 1 else self.micro_batch
 
     @property
     def pass_sequences(self) -> int:
         """Sequences of a forward pass in training."""
-        return min(self.device_batch or self.piece, self.piece)
+        return min(self.device_batch or self.term_sequences, self.term_sequences)
 
     @property
     def kept_epochs(self) -> int:
@@ -218,10 +218,10 @@ def check_batch(c: Config) -> None:
             f"the meta-gradient cannot halve {c.micro_steps} micro-step(s) of {c.micro_batch} sequences: "
             "change --batch-tokens or --micro-batch, or give --no-meta-gradient"
         )
-    if c.piece % c.pass_sequences:  # all passes have one shape
+    if c.term_sequences % c.pass_sequences:  # all passes have one shape
         raise ValueError(
-            f"device_batch {c.device_batch} does not divide the {c.piece} sequences that a virtual rank takes at a "
-            "time: change --device-batch"
+            f"device_batch {c.device_batch} does not divide the {c.term_sequences} sequences of a term of the "
+            "gradient: change --device-batch"
         )
 
 
@@ -618,7 +618,8 @@ class Training:
         losses = torch.zeros(2, dtype=self.model.wide, device=self.world.device)
         for virtual_rank, sequences in zip(self.world.virtual_ranks, batch, strict=True):
             losses += self.add_gradient(step, virtual_rank, sequences, values)
-        self.optimizer.step(step, values)
+        with torch.profiler.record_function("optimizer"):  # as profiles name it
+            self.optimizer.step(step, values)
         self.shards.zero_grads()
         return {"train_loss": losses[1], "train_loss_with_mtp": losses[0]}
 
@@ -630,7 +631,7 @@ class Training:
         rank does this alone, so the number of processes makes no difference. sequences (n, T + 1) int64.
         """
         grads = self.shards.grads
-        weight = 1 / (VIRTUAL_RANKS * (len(sequences) // self.config.piece))  # of the mean loss of a piece
+        weight = 1 / (VIRTUAL_RANKS * (len(sequences) // self.config.term_sequences))  # of the mean loss of a term
         self.weights.refresh(self.masters)
         if not self.config.meta_gradient:
             losses = self.backward(step, virtual_rank, sequences, values, weight)
@@ -646,7 +647,9 @@ class Training:
         # Second half, with those matrices moved. The move is about 1e-5 per element, so it is made from the float32
         # masters and rounded once; bfloat16 weights would lose it.
         self.weights.refresh(self.masters | self.move(values.meta_step))
-        losses += self.backward(step, virtual_rank, second, values, weight, first_piece=len(first) // self.config.piece)
+        losses += self.backward(
+            step, virtual_rank, second, values, weight, first_term=len(first) // self.config.term_sequences
+        )
         self.weights.pull_back(grads)
         return losses
 
@@ -661,20 +664,20 @@ class Training:
         return self.first_grads
 
     def backward(
-        self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_piece: int = 0
+        self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_term: int = 0
     ) -> Tensor:
-        """Accumulate the gradient of weight * loss over pieces in the model -> the sums of weight * losses (2,).
+        """Accumulate the gradient of weight * loss over terms in the model -> the sums of weight * losses (2,).
 
         sequences (n, T + 1) int64. Dropout is seeded by what is computed, whichever process computes it; stochastic
         depth is drawn for a micro-step, and the same on all virtual ranks.
         """
         c = self.config
         totals = torch.zeros(2, dtype=self.model.wide, device=sequences.device)
-        for piece, rows in enumerate(sequences.split(c.piece), start=first_piece):
-            micro_step = piece * c.piece // c.micro_batch
+        for term, rows in enumerate(sequences.split(c.term_sequences), start=first_term):
+            micro_step = term * c.term_sequences // c.micro_batch
             dropped = draw_dropped(c, values.replay, step, micro_step)
             for i, micro_batch in enumerate(rows.split(c.pass_sequences)):
-                self.world.seed(seed_of(c.seed, step, virtual_rank, piece, i))
+                self.world.seed(seed_of(c.seed, step, virtual_rank, term, i))
                 tokens, targets = micro_batch[:, :-1], micro_batch[:, 1:]
                 loss, next_token_loss = self.model.training_loss(tokens, targets, values.replay, dropped)
                 part = weight * len(micro_batch) / len(rows)
@@ -828,6 +831,16 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 # ======================================================================================================================
 
 
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
+    runs = {"plain": {"num_epochs": 1, "replay_from_epoch": 0}}
+    runs["all"] = runs["plain"]
+    if config.replay_from_epoch:
+        runs["replay"] = {"num_epochs": 1, "replay_from_epoch": 1}
+        runs["all"] = {"num_epochs": 2, "replay_from_epoch": 2}
+    return {name: settings | {"swa_epochs": 0, "readout": "last"} for name, settings in runs.items()}
+
+
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
     """What the run needs of memory and disk, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
@@ -861,7 +874,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
     windows = sorted({config.window(i) for i in range(config.n_layer)})
     shape = config.sequence_len, config.n_head, head_dim
     error = partial(attention_error, chosen, shape, [(window, None) for window in windows], device)
-    return [Kernel("attention", chosen, plain="sdpa", limit=0.05, error=error)]
+    return [Kernel("attention", chosen, plain="sdpa", fast="varlen", limit=0.05, error=error)]
 
 
 def end_epoch(run: Session, train: Training) -> None:
@@ -885,9 +898,9 @@ def main(argv: list[str] | None = None) -> int:
     run = Session("limited", Config, DEMO, argv, __file__, record_sizes)
     c = run.config
     plan = run.world.main_first(make_plan, c, run.splits["train"])
-    run.require(plan, count_sizes(c, run.dtype))
+    run.require(plan, count_sizes(c, run.dtype), short_runs(c))
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
-    run.open({kernel.name: kernel.chosen for kernel in kernels})
+    run.open({kernel.name: kernel.chosen for kernel in kernels}, slower_kernels(kernels))
 
     torch.manual_seed(c.seed)
     train = Training(c, run.world, run.dtype, run.kernels, run.compiled)

@@ -75,7 +75,7 @@ PLAIN = 500 * 10**6  # most bytes that are read of a compressed file
 # and names; how often it is said, saved and watched; how many sequences a pass takes, which is the same mathematics),
 OF_A_RUN = {
     "seed", "run_name", "runs_dir", "data_dir", "eval_batch", "device_batch", "checkpoint_min", "log_every", "wandb",
-    "eval_initial",
+    "eval_initial", "checkpoints", "profile_steps",
 }  # fmt: skip
 # and what computes it, which the result names and no machine has all of; it is the same in all runs of a submission.
 KERNELS = {"device", "dtype", "compile", "attention", "head", "processes_per_chain"}
@@ -101,7 +101,11 @@ SUBMITTED_FOLDER = re.compile(
     rf"README\.md|{CODE_FILE}|seed-\d+/({RUN_FILE}|{CHAIN_FILE}|(chains/chain_\d+/)?metrics\.jsonl\.gz)"
 )
 # Of Weights & Biases, of a run that was resumed by its own copy of the script, of one that failed before it was resumed
-LEFT_ALONE = re.compile(r"wandb/|code/(slowrun/)?__pycache__/|(chains/chain_\d+/)?non_finite\.pt$")
+# and of one that was profiled
+LEFT_ALONE = re.compile(
+    r"wandb/|code/(slowrun/)?__pycache__/|"
+    r"(chains/chain_\d+/)?(non_finite(_rank_\d+)?\.pt|profile_\d+-\d+\.(json\.gz|txt))$"
+)
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".npz", ".ckpt", ".joblib"}
 
 # ======================================================================================================================

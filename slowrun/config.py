@@ -64,6 +64,17 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def as_flags(settings: dict) -> list[str]:
+    """{"num_epochs": 2, "decay_schedule": False} -> ["--num-epochs=2", "--no-decay-schedule"]"""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(flag_of(name) if value else flag_of(f"no_{name}"))
+        else:
+            flags.append(f"{flag_of(name)}={value}")
+    return flags
+
+
 def require_at_least(config: RunConfig, field: str, least: float) -> None:
     """ValueError if a field is smaller."""
     value = getattr(config, field)

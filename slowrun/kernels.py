@@ -216,6 +216,7 @@ class Kernel:
     name: str  # of the setting: attention
     chosen: str
     plain: str  # the twin that runs everywhere
+    fast: str  # what a GPU runs if it can
     limit: float  # how large an error may be
     error: Callable[[], float]  # measures the error of the chosen one against the plain one
 
@@ -242,3 +243,12 @@ def check_kernels(kernels: Iterable[Kernel]) -> dict[str, float]:
             raise ValueError(f"{kernel.name} {kernel.chosen} is wrong here, by {error:g}: {advice}, and report it")
         errors[kernel.name] = error
     return errors
+
+
+def slower_kernels(kernels: Iterable[Kernel]) -> str:
+    """What a header says where a plain twin takes the place of a fast kernel; empty if none does."""
+    return "; ".join(
+        f"slower than {kernel.fast}: --{kernel.name} {kernel.fast} says why it does not run"
+        for kernel in kernels
+        if kernel.chosen == kernel.plain
+    )

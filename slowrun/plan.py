@@ -81,25 +81,30 @@ class Sizes:
     n_embd: int
     member_bytes: int  # of weights that are kept for the readout
     members: int  # how many are kept
+    frozen_parameters: int = 0  # of a second model, which only predicts; checkpoints hold it as a member
+    score_bytes: int = 0  # of losses that are kept on the disk
+    models: int = 1  # that are trained at a time, each with checkpoints of its own
 
     @property
     def checkpoint_bytes(self) -> int:
-        return self.master_bytes + 4 * self.state_elements
+        return self.master_bytes + 4 * self.state_elements + self.member_bytes * bool(self.frozen_parameters)
 
     def disk_bytes(self, checkpoints: bool) -> int:
         """Of a run at most: the readout's weights, and three checkpoints, as two stay while the next is written."""
-        return self.members * self.member_bytes + 3 * self.checkpoint_bytes * checkpoints
+        kept = self.members * self.member_bytes + self.score_bytes
+        return kept + 3 * self.models * self.checkpoint_bytes * checkpoints
 
     def held_bytes(self, world_size: int, stage: Stage) -> dict[str, float]:
         """Bytes that a process holds in a stage, by what they are; activations and logits are an estimate."""
         item = self.dtype.itemsize
         head = self.padded_vocab * self.n_embd
         return {
-            "weights": self.master_bytes + item * self.parameters,
+            "weights": self.master_bytes + item * (self.parameters + self.frozen_parameters),
             "gradients": 4 * (2 * self.parameters + self.moved_parameters),  # two, and a moved copy
             "optimizer": 4 * self.state_elements / world_size,
             "activations": self.pass_positions * self.layer_bytes * stage.backward_layers,
-            "logits": self.logit_positions * self.padded_vocab * (2 * item + 16) + 8 * head,  # the head's gradient too
+            "logits": self.logit_positions * self.padded_vocab * (2 * item + 16) * (1 + bool(self.frozen_parameters))
+            + 8 * head,  # the head's gradient too
         }
 
     def static_bytes(self, world_size: int, stage: Stage) -> float:

@@ -6,6 +6,7 @@ it gets plans, names and numbers from the script, losses per token, and state th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -33,8 +34,8 @@ from torch import Tensor
 from slowrun import folder as run_folder
 from slowrun import rules
 from slowrun.clock import Clock
-from slowrun.config import RESUME_MAY_CHANGE, RunConfig, changed_fields, parse_flags
-from slowrun.data import load_split, load_splits, read_json, sha256_file, token_bytes, unread_split
+from slowrun.config import RESUME_MAY_CHANGE, RunConfig, as_flags, changed_fields, parse_flags
+from slowrun.data import Split, load_split, load_splits, read_json, sha256_file, token_bytes, unread_split
 from slowrun.folder import RunFolder, try_to_write_json, write_atomically, write_json
 from slowrun.machine import (
     GIB,
@@ -51,6 +52,9 @@ from slowrun.plan import Sizes, StepPlan, describe, summary
 from slowrun.scoring import EvalSet, Score, TokenLosses, data_efficiency
 from slowrun.world import World, join
 
+MEASURED = {  # settings of short runs that are no script's matter
+    "val_sequences": 8, "eval_initial": False, "checkpoints": False, "time_cap_min": 0.0, "wandb": "off",
+}  # fmt: skip
 INITIAL = "initial"  # the validation before the first step, which is no readout
 Nats = dict[str, Tensor]  # by split, "val" and "holdout": what EvalSet.nats returns
 
@@ -97,6 +101,14 @@ class StepInFlight:
     batch: Tensor
 
 
+@dataclasses.dataclass
+class StopRequest:
+    """The first signal that asked this process to stop. A session and its children share one."""
+
+    signal: str = ""  # its name
+    time: float = 0.0  # when it came
+
+
 class Session:
     """What a script's main uses, in this order: config, splits, require, open, resume, the loop, stopped or finish.
 
@@ -116,10 +128,15 @@ class Session:
         argv: list[str] | None,
         script: str,
         record_sizes: Callable[[dict], dict] | None = None,
+        one_model: bool = True,
+        may_change: frozenset[str] = frozenset(),
+        reopened_by: frozenset[str] = frozenset(),
     ):
         """Parse the flags, join the processes and read the data. ValueError for all that cannot work.
 
-        demo, record_sizes: see parse_flags. A run to resume that has finished ends the process.
+        demo, record_sizes: see parse_flags. one_model: whether all processes train one model. may_change: fields that a
+        resume may change, beside those of every track. A run to resume that has finished ends the process, but for the
+        fields that are named by reopened_by.
         """
         self.started = time.monotonic()
         self.earlier_wall_s = 0.0
@@ -130,32 +147,41 @@ class Session:
         given, resumed = line.values, line.resume
         self.plan_file = line.plan
         self.saved = None
+        self.changed: dict[str, Any] = {}  # fields that this resume changes
+        may_change |= RESUME_MAY_CHANGE
         if resumed is None:
             self.config = config_class(**given)
             device = self.config.device
         else:  # read by every process, because the device decides how they join
             device = run_folder.read_config(Path(resumed))["config"]["device"]
+            self.changed = {name: given[name] for name in sorted(may_change & given.keys())}
         if self.plan_file is not None:
             self._prepare_plan()
             return
-        self.world = join(device)
+        self.world = join(device, one_model)
         if resumed is not None:
-            self.saved = self.world.on_main(reopen, track, Path(resumed), given, self.script)
-            if self.saved["finished"]:
+            self.saved = self.world.on_main(reopen, track, Path(resumed), given, self.script, may_change)
+            self.config = self.world.main_first(partial(config_class, **self.saved["config"] | self.changed))
+            if self.saved["finished"] and not any(getattr(self.config, name) for name in reopened_by):
                 if self.world.is_main:
                     print(f"{resumed} has finished, see {resumed}/result.json")
                 raise SystemExit(0)
-            changed = {name: given[name] for name in RESUME_MAY_CHANGE & given.keys()}
-            self.config = self.world.main_first(partial(config_class, **self.saved["config"] | changed))
         c = self.config
         self.dtype = compute_dtype(c.dtype, self.world.device)
         self.splits = self.world.main_first(load_splits, c.data_dir, c.vocab_size, c.sequence_len)
-        lengths, self.bytes_from = self.world.on_main(token_bytes, c.data_dir, c.vocab_size)
+        self.token_bytes, self.bytes_from = self.world.on_main(token_bytes, c.data_dir, c.vocab_size)
         self.eval_sets = {
-            name: EvalSet(split, c.sequence_len, c.val_sequences, c.eval_batch, self.world, lengths)
-            for name, split in self.splits.items()
-            if name != "train"
+            name: self.eval_set(split, self.world) for name, split in self.splits.items() if name != "train"
         }
+        self.stop_request = StopRequest()
+        self.repeats = 1
+        self.parent: Session | None = None
+        self.num_children = 0
+        self.extended: dict[str, Any] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        """The state before the first step."""
         self.clock = Clock()
         self.step = 0
         self.stopped_by = ""
@@ -171,9 +197,33 @@ class Session:
         self.saved_step: int | None = None  # of the newest checkpoint
         self.save_failure = ""
         self.projection_at = 10  # the step after which the training time is projected
-        self.profiler = StepProfiler(profile_ranges(c.profile_steps), self.world.is_main, self.world.cuda)
-        self.signal = ""
-        self.signal_at = 0.0
+        self.profiler = StepProfiler(profile_ranges(self.config.profile_steps), self.world.is_main, self.world.cuda)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a signal has asked this process to stop; the others may not know of it."""
+        return bool(self.stop_request.signal)
+
+    def eval_set(self, split: Split, world: World, max_sequences: int | None = None) -> EvalSet:
+        """A split to score by the processes of `world`; by default as many sequences as of the validation set."""
+        c = self.config
+        count = c.val_sequences if max_sequences is None else max_sequences
+        return EvalSet(split, c.sequence_len, count, c.eval_batch, world, self.token_bytes)
+
+    def extend(self, earlier_result: str, **fields) -> None:
+        """Lengthen a finished run: open will write these fields into config.json, and rename the result so far."""
+        self.extended = fields
+        self.earlier_result = earlier_result
+        self.config = dataclasses.replace(self.config, **fields)
+
+    def _write_extension(self) -> dict:
+        """Returns the new content of config.json."""
+        folder = self.folder.path
+        content = run_folder.read_config(folder)
+        content |= {key: content[key] | self.extended for key in ("config", "overrides")}
+        (folder / "result.json").rename(folder / self.earlier_result)
+        write_json(folder / "config.json", content)
+        return content
 
     def _prepare_plan(self) -> None:
         """What --plan needs: no other process, and the training split or a stand-in for it.
@@ -193,7 +243,7 @@ class Session:
             train = unread_split(rules.OFFICIAL_TRAIN_TOKENS)
         self.splits = {"train": train}
 
-    def _write_plan(self, plan: StepPlan, sizes: Sizes, repeats: int) -> NoReturn:
+    def _write_plan(self, plan: StepPlan, sizes: Sizes, short_runs: dict[str, dict], repeats: int) -> NoReturn:
         """Write the plan, for as many processes as torchrun started, and exit; ValueError if that fails."""
         c, device = self.config, self.world.device
         path = Path(c.data_dir) / "fineweb_train.pt"
@@ -203,6 +253,7 @@ class Session:
             "data": data,
             "assumed_data": not self.has_data,
             "repeats": repeats,
+            "short_runs": {name: as_flags(MEASURED | settings) for name, settings in short_runs.items()},
             "time_cap_min": c.time_cap_min,
             "vocab_size": c.vocab_size,
             "sequence_len": c.sequence_len,
@@ -219,24 +270,35 @@ class Session:
             print(f"NanoGPT Slowrun, {self.track} track, {data}: {summary(content)}\nwritten to {self.plan_file}")
         raise SystemExit(0)
 
-    def require(self, plan: StepPlan, sizes: Sizes, repeats: int = 1) -> None:
+    def require(
+        self,
+        plan: StepPlan,
+        sizes: Sizes,
+        short_runs: dict[str, dict],
+        repeats: int = 1,
+        processes: int | None = None,
+        trains: bool = True,
+    ) -> None:
         """Refuse a run that cannot fit into memory or on the disk, before anything is allocated (ValueError).
 
-        repeats: how often the run goes through the plan. With --plan it is written, and the process ends.
+        With --plan the plan is written, and the process ends. short_runs: settings of short runs with each stage, by
+        its name, and with "all", for tools that measure them. repeats: how often the run goes through the plan.
+        processes: that train one model, by default all. trains: False for a run that only reads out what there is.
         """
+        self.model_processes = self.world.size if processes is None else processes
         if self.plan_file is not None:
-            self._write_plan(plan, sizes, repeats)
+            self._write_plan(plan, sizes, short_runs, repeats)
         self.plan = plan
         self.sizes = sizes
-        self.needed_bytes = self.world.on_main(self._check_memory)
-        self.disk_line = self.world.on_main(self._check_disk)
+        self.needed_bytes = self.world.on_main(self._check_memory) if trains else 0.0
+        self.disk_line = self.world.on_main(self._check_disk) if trains else "nothing is trained"
 
     def _check_memory(self) -> float:
         """Estimated bytes per process. On a GPU the activations are left to the warm-up, which will show."""
-        sizes, world = self.sizes, self.world
+        sizes, world, processes = self.sizes, self.world, self.model_processes
         stages = list(self.plan.stages.values())
-        static = max(sizes.static_bytes(world.size, stage) for stage in stages)
-        needed = max(sum(sizes.held_bytes(world.size, stage).values()) for stage in stages)
+        static = max(sizes.static_bytes(processes, stage) for stage in stages)
+        needed = max(sum(sizes.held_bytes(processes, stage).values()) for stage in stages)
         has = total_memory(world.device)
         text = (
             f"{sizes.parameters / 1e6:,.0f}M parameters need {static / GIB:.0f} GiB per process for weights, gradients "
@@ -249,7 +311,7 @@ class Session:
                 )
             return needed
         on_gpu = dataclasses.replace(sizes, dtype=torch.bfloat16)
-        gpu_bytes = max(sum(on_gpu.held_bytes(world.size, stage).values()) for stage in stages)
+        gpu_bytes = max(sum(on_gpu.held_bytes(processes, stage).values()) for stage in stages)
         text += (
             f", about {needed / GIB:.0f} GiB with activations, in {name_of(self.dtype)}; this machine has "
             f"{has / GIB:.0f} GiB and no GPU in use"
@@ -257,7 +319,7 @@ class Session:
         advice = (
             f"train it on GPUs of at least {gpu_bytes / GIB:.0f} GiB, or see every technique at toy size with --demo"
         )
-        if needed * world.size > has:
+        if needed * processes > has:
             raise ValueError(f"{text}: {advice}")
         if sizes.parameters >= 1e8 and self.config.device != "cpu":
             raise ValueError(f"{text}: {advice}. It fits, so --device cpu trains it, slowly")
@@ -269,21 +331,40 @@ class Session:
         folder = Path(self.saved["folder"]) if self.saved else Path(c.runs_dir) / c.run_name
         there, free = disk_space(folder)
         needed = sizes.disk_bytes(c.checkpoints)
-        parts = f"weights for the readout, {sizes.members} x {sizes.member_bytes / GIB:.3g} GiB, and "
-        parts += f"three checkpoints (two stay while the next is written), {sizes.checkpoint_bytes / GIB:.3g} GiB each"
-        if not c.checkpoints:
-            parts = f"weights for the readout, {sizes.members} x {sizes.member_bytes / GIB:.3g} GiB; no checkpoints, "
-            parts += "so --resume would begin anew"
+        parts = f"weights for the readout, {sizes.members} x {sizes.member_bytes / GIB:.3g} GiB"
+        if sizes.score_bytes:
+            parts += f", their losses, {sizes.score_bytes / GIB:.3g} GiB"
+        if c.checkpoints:
+            parts += ", and three checkpoints (two stay while the next is written)"
+            parts += f" of each of {sizes.models} models" if sizes.models > 1 else ""
+            parts += f", {sizes.checkpoint_bytes / GIB:.3g} GiB each"
+        else:
+            parts += "; no checkpoints, so --resume would begin anew"
         text = f"up to {needed / GIB:.3g} GiB in {folder} ({parts}); {free / GIB:.3g} GiB are free"
         if needed - there > free:
             text += f", and {there / GIB:.3g} GiB of it are there" if there else ""
             raise ValueError(f"the run needs {text}: make space, or choose another --runs-dir")
         return text
 
-    def open(self, kernels: dict[str, str]) -> None:
-        """Make or reopen the run folder, catch signals, and print the header. kernels: what is chosen, by setting."""
+    def open(
+        self,
+        kernels: dict[str, str],
+        slower: str = "",
+        header: dict[str, str] | None = None,
+        has_children: bool = False,
+    ) -> None:
+        """Make or reopen the run folder, catch signals, and print the header.
+
+        kernels: what is chosen, by setting. slower: what to say of them on a GPU, if they are not the fastest. header:
+        lines instead of those about the plan, by the words in front. has_children: whether other sessions within this
+        one train; then each is a run of Weights & Biases.
+        """
         c, world = self.config, self.world
         self.kernels = kernels
+        self.kernels_line = ", ".join(f"{name} {kernel}" for name, kernel in kernels.items())
+        if world.cuda and slower:
+            self.kernels_line += f" ({slower})"
+        self.has_children = has_children
         self.compiled = c.compile == "on" or (c.compile == "auto" and world.cuda)
         hashes = {name: split.sha256 for name, split in self.splits.items()}
         is_new = self.saved is None
@@ -293,15 +374,73 @@ class Session:
         check_same_data(self.saved, c.data_dir, hashes)  # the other processes may be on other disks
         self.folder = RunFolder(Path(self.saved["folder"]), self.saved["run_id"], world.is_main)
         world.on_main(self.folder.open)
+        if self.extended:
+            self.saved |= world.on_main(self._write_extension)
+        wandb = run_folder.wandb_mode(c.wandb)
         try:
-            wandb = world.on_main(self.folder.start_wandb, c.wandb, self.saved["config"] | {"track": self.track})
+            if not has_children:
+                wandb = world.on_main(self.folder.start_wandb, c.wandb, self.saved["config"] | {"track": self.track})
         except ValueError:
             if is_new:  # refused: nothing is left of it
                 shutil.rmtree(self.folder.path)
             raise
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.log(self._header(wandb))
+        self.log(self._header(wandb, header))
         self.opened = time.monotonic()
+
+    def child(
+        self,
+        folder: str,
+        number: int,
+        label: str,
+        config: RunConfig,
+        world: World,
+        plan: StepPlan,
+        eval_sets: dict[str, EvalSet],
+        repeats: int = 1,
+    ) -> Session:
+        """A session for a model that a group of processes trains in a folder within this run's.
+
+        It has its own steps, clock, lock, log, metrics, checkpoints and members. What this session knows of the command
+        line, the code and the machine is the child's too, and so is a signal that asks to stop. number: appended to the
+        run id. label: put in front of lines on the screen. repeats: how many such models these processes train one
+        after the other. ValueError if another process trains it. Collective for `world`, the group.
+        """
+        child = copy.copy(self)
+        child.config = config
+        child.world = world
+        child.plan = plan
+        child.eval_sets = eval_sets
+        child.repeats = repeats
+        child.parent = self
+        child.has_children = False
+        child.started = time.monotonic()
+        child.earlier_wall_s = 0.0
+        child.handlers = {}
+        child._begin()
+        is_first_group = self.world.rank < world.size  # one that is trained beside it would write over its bar
+        path = self.folder.path / folder
+        run_id = f"{self.saved['run_id']}-{number:02d}"
+        child.folder = RunFolder(path, run_id, world.is_main, label=f"{label} | ", bar=is_first_group)
+        begun = world.on_main(child._open_child)
+        child.saved = self.saved | {"run_id": run_id, "folder": str(path), "resumed": begun}
+        child.opened = time.monotonic()
+        self.num_children += 1
+        return child
+
+    def _open_child(self) -> bool:
+        """Open the folder of a child; whether it was begun before."""
+        path = self.folder.path
+        for name in ("checkpoints", "final"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        self.folder.open()
+        try:
+            self.folder.start_wandb(self.config.wandb, dataclasses.asdict(self.config) | {"track": self.track})
+        except ValueError as error:
+            if not self.parent.num_children:
+                raise
+            self.log(f"WARNING: {error}")  # other models are trained already: no reason to stop
+        return bool(self.folder.checkpoints()) or (path / "metrics.jsonl").stat().st_size > 0
 
     def warmed_up(self, errors: dict[str, float]) -> None:
         """Say what the warm-up took, and the errors of the kernels against their plain twins."""
@@ -323,7 +462,11 @@ class Session:
             (self.folder.path / "result.json").unlink(missing_ok=True)  # of an attempt that failed
             return info
 
-        info = self.world.on_main(read)
+        try:
+            info = self.world.on_main(read)
+        except ValueError:
+            self.close()
+            raise
         if info is None:
             self.log("no checkpoint yet: starting from step 0")
             return
@@ -342,10 +485,16 @@ class Session:
         self.log(f"resumed at step {self.step}/{self.plan.num_steps}, after {seconds:.1f} s of training")
 
     def _check_members(self, members: list[dict]) -> None:
-        """ValueError if weights of the readout are not as they were saved."""
-        for member in members:
+        """ValueError if weights of the readout are not as they were saved.
+
+        Those of a child are hashed when they are read out; until then, what is missing is left out.
+        """
+        for member in list(members):
             path = self.folder.path / "final" / member["file"]
-            if not path.exists() or sha256_file(path) != member["sha256"]:
+            if self.parent is not None and not path.exists():
+                self.log(f"WARNING: {path} is missing or damaged: it is left out")
+                members.remove(member)
+            elif self.parent is None and (not path.exists() or sha256_file(path) != member["sha256"]):
                 raise ValueError(f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
 
     # -------------------------------------------------------------------------------------------------------- the loop
@@ -360,7 +509,7 @@ class Session:
             self.stopped_by = self.stopped_by or "steps"
         over_cap = not self.stopped_by and self.clock.next_step_exceeds(60 * c.time_cap_min, len(self.in_flight))
         due = c.checkpoints and time.monotonic() - self.last_save >= 60 * c.checkpoint_min
-        over_cap, self.interrupted, self.save_is_due = self.world.any([over_cap, bool(self.signal), due])
+        over_cap, self.interrupted, self.save_is_due = self.world.any([over_cap, self.stop_requested, due])
         if over_cap:
             self.stopped_by = "time_cap"
         if self.stopped_by or self.interrupted:
@@ -412,18 +561,22 @@ class Session:
                     return None
         return nats
 
-    def validate(self, readout: str, losses: TokenLosses | Nats) -> bool:
-        """Score the validation set under this name, log it and draw it; False if a signal came before the end."""
+    def validate(self, readout: str, losses: TokenLosses | Nats, **others: float) -> bool:
+        """Score the validation set under this name, log it and draw it; False if a signal came before the end.
+
+        others: further losses to log and to record.
+        """
         if readout in self.scores:
             return True
         if not self.read_out(readout, losses):
             return False
         score = self.scores[readout]
         bpb = f" | {score.bpb:.4f} bits per byte" if score.bpb else ""
-        self.log(f"{readout} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}")
+        beside = "".join(f" | {name} {loss:.4f}" for name, loss in others.items())
+        self.log(f"{readout} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}{beside}")
         epoch = int(self.plan.epoch[self.step])
         values = {"step": self.step, "epoch": epoch, "readout": readout}
-        self.folder.record(values | {"val_loss": score.loss, "val_bpb": score.bpb})
+        self.folder.record(values | {"val_loss": score.loss, "val_bpb": score.bpb} | others)
         with self._off_the_clock():
             self.folder.draw_curve(self.plan.labels)
         return True
@@ -441,8 +594,11 @@ class Session:
         self.scores[readout] = score
         return True
 
-    def keep_member(self, name: str, weights: dict[str, Tensor]) -> None:
-        """Keep weights for the readout, in final/. Those that a full disk refuses wait in memory."""
+    def keep_member(self, name: str, weights: dict[str, Tensor], **notes: Any) -> None:
+        """Keep weights for the readout, in final/. Those that a full disk refuses wait in memory.
+
+        notes: what else final/members.json is to say of them.
+        """
         if name in self.members:
             return
         with self._off_the_clock():
@@ -452,12 +608,18 @@ class Session:
                 "file": f"{name}.safetensors",
                 "epoch": int(self.plan.epoch[self.step]),
                 "step": self.step,
-            }
+            } | notes
             if self.world.is_main:
                 self.unsaved[name] = {key: value.detach().to("cpu", copy=True) for key, value in weights.items()}
                 failure = self._save_members()
                 if failure:
                     self.log(f"NOT saved: {failure}. It waits in memory for space on the disk")
+
+    def drop_member(self, name: str) -> None:
+        """Keep it no longer. Its file goes once a checkpoint is written that does not name it."""
+        self.members.remove(name)
+        del self.member_files[name]
+        self.unsaved.pop(name, None)
 
     def load_member(self, name: str) -> dict[str, Tensor]:
         """Weights that were kept, on the device of every process."""
@@ -474,10 +636,14 @@ class Session:
 
     # -------------------------------------------------------------------------------------------------------------- end
 
-    def stopped(self, training: Stateful) -> int:
-        """Save what a signal interrupted, and say how to resume -> exit code: 0 if it is saved."""
-        self.save(training)
-        self.folder.draw_curve(self.plan.labels)
+    def stopped(self, training: Stateful | None) -> int:
+        """Save what a signal interrupted, and say how to resume -> exit code: 0 if it is saved.
+
+        training: None for a session whose children train.
+        """
+        if training is not None:
+            self.save(training)
+            self.folder.draw_curve(self.plan.labels)
         return self._say_how_to_resume()
 
     def finish(
@@ -499,16 +665,24 @@ class Session:
         if self.world.is_main:
             result = self._result(readout, holdout, mixing)
             self.folder.draw_curve(self.plan.labels, result["val_loss"])
-            self.log(final_block(result, self.folder.path))
-            failure = failure or try_to_write_json(self.folder.path / "result.json", result)
+            failure = self.publish(result) or failure
             if not failure:
                 shutil.rmtree(self.folder.path / "checkpoints")
                 self.folder.summarize(result)
         failure = self.world.on_main(lambda: failure)
+        return self.finished(failure)
+
+    def publish(self, result: dict, name: str = "result.json") -> str:
+        """Print a result and write it, on the main process -> why it is not written; empty if it is."""
+        self.log(final_block(result, self.folder.path))
+        return try_to_write_json(self.folder.path / name, result)
+
+    def finished(self, failure: str) -> int:
+        """Close the run -> exit code. failure: why the result is not saved, if it is not."""
         if failure:
             folder = self.folder.path
             self.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
-        self._close()
+        self.close()
         return 1 if failure else 0
 
     def _save_final(self, mixing: str, members: dict[str, float], stage: dict) -> str:
@@ -530,54 +704,70 @@ class Session:
         return try_to_write_json(final / "members.json", content)
 
     def _result(self, readout: str, holdout: Score | None, mixing: str) -> dict:
-        """The content of result.json."""
-        c, world, clock, folder = self.config, self.world, self.clock, self.folder.path
+        """The content of result.json of a run that trains one model."""
+        c, world, clock = self.config, self.world, self.clock
         score = self.scores[readout]
         readouts = {name: score.loss for name, score in self.scores.items() if name != INITIAL}
-        hashes = self.saved["data_sha256"]
         peak = peak_flops(world.device)
         seconds = max(clock.train_time_s, 1e-9)
         result = {
-            "track": self.track,
             "status": "finished",
             "stopped_by": self.stopped_by,
-            "run_id": self.saved["run_id"],
-            "val_loss": score.loss,
-            "val_bpb": score.bpb,
-            "best_val_loss": min(readouts.values()),
             "readouts": readouts,
-            "holdout_loss": holdout and holdout.loss,
-            "holdout_bpb": holdout and holdout.bpb,
-            "data_efficiency": data_efficiency(score.loss) if hashes["val"] == rules.OFFICIAL_SHA256["val"] else None,
             "steps": self.step,
             "tokens": int(self.plan.tokens[self.step]),
             "epochs": int(self.plan.epoch[self.step]),
             "train_time_s": clock.train_time_s,
-            "wall_time_s": self._wall_time_s(),
+            "wall_time_s": self.wall_time_s(),
             "time_cap_min": c.time_cap_min,
-            "seed": c.seed,
             "world_size": world.size,
+            "mixing": mixing,
+            "tokens_per_s": int(self.plan.tokens[self.step]) / seconds,
+            "mfu": self.plan.flops[self.step] / seconds / peak / world.size if peak else None,
+        }
+        return self.complete_result(result, score, holdout)
+
+    def complete_result(
+        self, result: dict, score: Score, holdout: Score | None, final_sha256: dict[str, str] | None = None
+    ) -> dict:
+        """Add to what a run did its scores, what it ran on, its hashes and whether it can be a record.
+
+        final_sha256: hashes of files of final/ that are known already, by name.
+        """
+        world, folder = self.world, self.folder.path
+        hashes = self.saved["data_sha256"]
+        known = final_sha256 or {}
+        complete = {
+            "track": self.track,
+            "run_id": self.saved["run_id"],
+            "val_loss": score.loss,
+            "val_bpb": score.bpb,
+            "best_val_loss": min(result["readouts"].values()),
+            "holdout_loss": holdout and holdout.loss,
+            "holdout_bpb": holdout and holdout.bpb,
+            "data_efficiency": data_efficiency(score.loss) if hashes["val"] == rules.OFFICIAL_SHA256["val"] else None,
+            **result,
+            "seed": self.config.seed,
             "device": device_name(world.device),
             "dtype": name_of(self.dtype),
             "compiled": self.compiled,
             **self.kernels,
-            "mixing": mixing,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "peak_memory_gib": peak_memory(world.device) / GIB,
-            "tokens_per_s": int(self.plan.tokens[self.step]) / seconds,
-            "mfu": self.plan.flops[self.step] / seconds / peak / world.size if peak else None,
             "parameters": self.sizes.parameters,
             "val_tokens": score.tokens,
             "val_bytes": score.bytes,
             "data_sha256": hashes,
             "code_sha256": run_folder.code_sha256(folder / "code"),
             "instrument_sha256": run_folder.instrument_sha256(folder / "code" / "slowrun"),
-            "final_sha256": {path.name: sha256_file(path) for path in sorted((folder / "final").iterdir())},
+            "final_sha256": {
+                path.name: known.get(path.name) or sha256_file(path) for path in sorted((folder / "final").iterdir())
+            },
         }
-        reasons = rules.reasons_not_eligible(self.track, result)
-        return result | {"eligible": not reasons, "not_eligible_because": reasons}
+        reasons = rules.reasons_not_eligible(self.track, complete)
+        return complete | {"eligible": not reasons, "not_eligible_because": reasons}
 
     # ---------------------------------------------------------------------------------------------------------- signals
 
@@ -587,15 +777,16 @@ class Session:
         A second signal soon after is the same stop, from a scheduler and from torchrun; a later one ends the process.
         """
         now = time.monotonic()
-        if self.signal and now - self.signal_at > 5:
+        request = self.stop_request
+        if request.signal and now - request.time > 5:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        elif not self.signal:
-            self.signal = signal.Signals(number).name
-            self.signal_at = now
+        elif not request.signal:
+            request.signal = signal.Signals(number).name
+            request.time = now
 
     def _agree_on_interruption(self) -> bool:
-        self.interrupted = self.world.any([bool(self.signal)])[0]
+        self.interrupted = self.world.any([self.stop_requested])[0]
         return self.interrupted
 
     # ---------------------------------------------------------------------------------------------------------- private
@@ -660,7 +851,14 @@ class Session:
         self._read_losses(keep=0)
         cap = self.config.time_cap_min
         total_s = self.clock.train_time_s + self._remaining_s(self.step, self.clock.step_s)
-        self.log(f"projected training time {total_s / 60:.1f} min, cap {f'{cap:g} min' if cap else 'lifted'}")
+        text = f"projected training time {duration(total_s)}"
+        if cap:
+            text += f", cap {cap:g} min"
+        elif rules.RULES[self.track].cap_min:
+            text += ", cap lifted"
+        if self.repeats > 1:
+            text += f", {duration(self.repeats * total_s)} for all {self.repeats}, one after the other"
+        self.log(text)
         if 0 < 60 * cap < total_s:
             self.log("WARNING: training will stop early, at the cap; --time-cap-min 0 lifts it (not eligible then)")
 
@@ -672,7 +870,7 @@ class Session:
             "members": [member for member in self.member_files.values() if "sha256" in member],
             "train_time_s": self.clock.train_time_s,
             "recent_s": list(self.clock.recent_s),
-            "wall_time_s": self._wall_time_s(),
+            "wall_time_s": self.wall_time_s(),
         }
 
     def _write_checkpoint(self, tensors: dict) -> None:
@@ -682,6 +880,8 @@ class Session:
             failure = self._save_members() or self.folder.save_checkpoint(tensors, self._checkpoint_info())
             outcome = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
             self.log(f"checkpoint at step {self.step} {outcome}, in {time.monotonic() - started:.1f} s")
+            if not failure:
+                self._delete_dropped_members()
         self.save_failure = self.world.on_main(lambda: failure)
         if not self.save_failure:
             self.saved_step = self.step
@@ -693,7 +893,15 @@ class Session:
             failure = self._save_members() or self.folder.update_checkpoint(self._checkpoint_info())
             if failure:
                 self.log(f"checkpoint at step {self.step} NOT updated: {failure}")
+            else:
+                self._delete_dropped_members()
         self.world.sum([0])
+
+    def _delete_dropped_members(self) -> None:
+        files = [member["file"] for member in self.member_files.values()]
+        for path in (self.folder.path / "final").iterdir():
+            if path.name not in files:
+                path.unlink()
 
     def _save_members(self) -> str:
         """Write the members that are only in memory -> why they could not be written; empty if they were."""
@@ -718,22 +926,27 @@ class Session:
             kept = ", ".join(path.stem for path in self.folder.checkpoints()) or "none, it begins anew"
             self.log(f"stopped: {message}")
             self.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
-        self._close()
+        self.close()
         raise NonFiniteLoss(message)
 
     def _say_how_to_resume(self) -> int:
+        stopped = f"stopped by {self.stop_request.signal or 'a signal'}"
+        stopped += f" after step {self.step}" if not self.has_children else ""
         command = resume_command(self.world.size, self.folder.path)
-        stopped = f"stopped by {self.signal or 'a signal'} after step {self.step}"
+        if self.parent is not None:
+            self.log(stopped)  # the parent says how to resume
+            return 1 if self.save_failure else 0
         if self.config.checkpoints:
             self.log(f"{stopped}; resume with: {command}")
         else:
             kept = self.folder.checkpoints()
             begins = f"goes on from step {int(kept[-1].stem[5:])}" if kept else "begins anew"
             self.log(f"{stopped}, which --no-checkpoints did not save: {command} {begins}")
-        self._close()
+        self.close()
         return 0 if self.config.checkpoints and not self.save_failure else 1
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Give back the signals and the lock."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.folder.close()
@@ -743,31 +956,34 @@ class Session:
         if text:
             self.folder.log(text)
 
-    def _header(self, wandb: str) -> str:
+    def _header(self, wandb: str, instead: dict[str, str] | None) -> str:
         c, world, plan, saved = self.config, self.world, self.plan, self.saved
-        settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
-        kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
+        overrides = saved["overrides"] | self.changed | self.extended
+        settings = ", ".join(f"{k} {v}" for k, v in overrides.items()) or "the defaults, the current record"
         compiled = "compiled" if self.compiled else "not compiled"
         batch = plan.tokens[-1] / plan.num_steps
+        about_plan = instead or {
+            "plan": f"{plan.num_steps:,} steps of {batch:,.0f} tokens, {plan.epoch[-1]} epochs, "
+            + (f"cap {c.time_cap_min:g} min" if c.time_cap_min else "no cap (not eligible)"),
+            "stages": "; ".join(f"from step {step + 1}: {stage.name}" for step, stage in plan.stages.items()),
+        }
         lines = {
             "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb}",
             "command": shlex.join(saved["command"]),
             "settings": settings,
             "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
-            "device": f"{world.size} x {device_name(world.device)}, {name_of(self.dtype)}, {kernels}, {compiled}, "
-            f"about {self.needed_bytes / GIB:.2g} GiB per process",
+            "device": f"{world.size} x {device_name(world.device)}, {name_of(self.dtype)}, {compiled}, about "
+            f"{self.needed_bytes / GIB:.2g} GiB per process",
+            "kernels": self.kernels_line,
             "disk": self.disk_line,
             "data": f"{c.data_dir}: {rules.describe_data(self.splits)}; bytes of tokens {self.bytes_from}",
             "model": f"{self.sizes.parameters:,} parameters",
-            "plan": f"{plan.num_steps:,} steps of {batch:,.0f} tokens, {plan.epoch[-1]} epochs, "
-            + (f"cap {c.time_cap_min:g} min" if c.time_cap_min else "no cap (not eligible)"),
-            "stages": "; ".join(f"from step {step + 1}: {stage.name}" for step, stage in plan.stages.items()),
-        }
+        } | about_plan
         return "\n".join(
             [f"NanoGPT Slowrun, {self.track} track", *(f"{name:10}{text}" for name, text in lines.items())]
         )
 
-    def _wall_time_s(self) -> float:
+    def wall_time_s(self) -> float:
         return self.earlier_wall_s + time.monotonic() - self.started
 
 
@@ -807,6 +1023,8 @@ def duration(seconds: float) -> str:
 def resume_command(processes: int, folder: Path) -> str:
     """What resumes a run on this machine."""
     start = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
+    if processes != int(os.environ.get("LOCAL_WORLD_SIZE", processes)):  # torchrun says how many are on this machine
+        start = "torchrun, on all machines as before,"
     return f"{start} {sys.argv[0]} --resume {folder}"
 
 

@@ -87,6 +87,11 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, group_src=0, group=self.group)
 
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum a tensor over the processes, in place and on its device. Collective."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+
     def gather_rows(self, part: Tensor, count: int) -> Tensor:
         """Rows r, r + size, ... of a table from each process r -> the whole table (count, T), on the CPU. Collective.
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,24 @@ def assert_same_outcome(folder: Path, reference: Path) -> None:
             assert torch.equal(final[member][name], tensor), (member, name)
 
 
+def assert_agree(folder: Path, reference: Path, tolerance: float = 1e-9) -> None:
+    """Metrics, losses and final weights to a tolerance, because sums over processes are rounded in another order."""
+    (metrics, result, final), (expected_metrics, expected_result, expected_final) = outcome(folder), outcome(reference)
+    for line, expected in zip(metrics, expected_metrics, strict=True):
+        assert line.keys() == expected.keys()
+        for name, value in expected.items():
+            is_exact = not isinstance(value, float)
+            assert line[name] == (value if is_exact else pytest.approx(value, abs=tolerance)), (name, line["step"])
+    for name in ("readouts", "val_loss", "val_bpb", "best_val_loss", "holdout_loss", "holdout_bpb"):
+        assert result[name] == pytest.approx(expected_result[name], abs=tolerance), name
+    for name in ("stopped_by", "steps", "tokens", "val_tokens", "val_bytes", "parameters", "code_sha256"):
+        assert result[name] == expected_result[name], name
+    assert final.keys() == expected_final.keys()
+    for member, weights in expected_final.items():
+        for name, tensor in weights.items():
+            assert (final[member][name] - tensor).abs().max() < 10 * tolerance, (member, name)
+
+
 def in_own_process(module: str, arguments: list[str], rank: int, size: int, port: int, kill_at: int) -> None:
     """What on_processes runs in each of them."""
     torch.set_num_threads(1)
@@ -310,7 +329,10 @@ def on_processes(script, arguments: list[str], count: int = 1, kill_at: int = 0)
     A server that has imported torch forks them, which saves seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest"])
+    context.set_forkserver_preload(["conftest", script.__name__])
+    with pytest.MonkeyPatch.context() as patch:  # the server does not know of pytest's path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -342,9 +364,9 @@ def run_to_end(script: str, arguments: list[str], processes: int = 1, **options)
     return output
 
 
-def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) -> None:
-    """Fill a model as tests/golden/README.md says."""
-    parameters = dict(model.named_parameters())
+def golden_values(parameters: dict[str, torch.Tensor], param_seed: int, n_embd: int) -> dict[str, torch.Tensor]:
+    """Values for parameters by name, as tests/golden/README.md says, in their dtypes."""
+    values = {}
     for k, name in enumerate(sorted(parameters)):
         shape = tuple(parameters[name].shape)
         z = np.random.RandomState(param_seed + k).standard_normal(shape)
@@ -360,7 +382,15 @@ def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) 
             value = z / np.sqrt(shape[1])
         else:
             value = 0.1 + 0.1 * z
-        parameters[name].data.copy_(torch.from_numpy(value))
+        values[name] = torch.from_numpy(value).to(parameters[name].dtype)
+    return values
+
+
+def set_golden_parameters(model: torch.nn.Module, param_seed: int, n_embd: int) -> None:
+    """Fill a model with golden_values."""
+    parameters = dict(model.named_parameters())
+    for name, value in golden_values(parameters, param_seed, n_embd).items():
+        parameters[name].data.copy_(value)
 
 
 def figures(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:

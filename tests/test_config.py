@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import ALL_TRACKS, TRACKS, parse
+from conftest import ALL_TRACKS, TRACKS, name_of, parse
 
 from slowrun.config import (
+    CommandLine,
     RunConfig,
     changed_fields,
     demo_of_record,
@@ -47,7 +48,7 @@ class Config(RunConfig):
 DEMO = {"n_layer": 2, "num_epochs": 5, "replay_from_epoch": 3, "warmdown": 0.25, "mlp": "relu2"}
 
 
-def parsed(*arguments: str, script: Path = Path("train.py"), record_sizes=None) -> tuple[dict, str | None]:
+def parsed(*arguments: str, script: Path = Path("train.py"), record_sizes=None) -> CommandLine:
     return parse_flags("limited", Config, DEMO, list(arguments), script, "A script.", record_sizes)
 
 
@@ -66,6 +67,7 @@ def parsed(*arguments: str, script: Path = Path("train.py"), record_sizes=None) 
         ({"run_name": "../elsewhere"}, "--run-name ../elsewhere is not the name of a folder"),
         ({"run_name": "a/b"}, "--run-name a/b is not the name of a folder"),
         ({"run_name": ".."}, "--run-name .. is not the name of a folder"),
+        ({"profile_steps": "3"}, "--profile-steps 3: '3' does not fit, give ranges FIRST-LAST of steps"),
     ],
 )
 def test_fields_of_a_run_are_checked(change, message):
@@ -105,15 +107,16 @@ def test_changed_fields():
 
 def test_flags():
     """Only what is given comes back, with the field's type."""
-    assert parsed() == ({}, None)
-    given, resume = parsed("--n-layer=4", "--warmdown", "1", "--no-u-net", "--mlp=relu2", "--resume", "runs/x")
-    assert given == {"n_layer": 4, "warmdown": 1.0, "u_net": False, "mlp": "relu2"} and resume == "runs/x"
-    assert type(given["warmdown"]) is float
+    assert parsed() == CommandLine({}, resume=None, plan=None)
+    line = parsed("--n-layer=4", "--warmdown", "1", "--no-u-net", "--mlp=relu2", "--resume", "runs/x")
+    assert line.values == {"n_layer": 4, "warmdown": 1.0, "u_net": False, "mlp": "relu2"}
+    assert (line.resume, line.plan) == ("runs/x", None) and type(line.values["warmdown"]) is float
+    assert parsed("--plan=plan.json", "--seed=1") == CommandLine({"seed": 1}, resume=None, plan="plan.json")
 
 
 def test_toy_sizes():
-    assert parsed("--demo") == (DEMO, None)
-    assert parsed("--demo", "--n-layer=3", "--seed=1") == (DEMO | {"n_layer": 3, "seed": 1}, None)
+    assert parsed("--demo").values == DEMO
+    assert parsed("--demo", "--n-layer=3", "--seed=1").values == DEMO | {"n_layer": 3, "seed": 1}
 
 
 @pytest.mark.parametrize(
@@ -151,12 +154,11 @@ def test_every_flag_of_a_script_has_a_help_text(track, capsys):
     for name in track.Config.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in printed
     expected = {
-        "limited": "first epoch with layer replay (0: never) [7]",
-        "tiny": "the steps with a single pass [0.7]",
-        "unlimited": "cycles of the learning rate in a chain; the end of each gives a snapshot, a member [96]",
+        "limited": "first epoch with layer replay; 0 for never [7]",
+        "tiny": "fraction of the steps after which training runs late_passes [0.7]",
         "two_hour": "[1-6:256,768;7-13:768,1792;14-22:1280,2048]",
     }
-    assert expected[track.TRACK] in printed
+    assert expected.get(name_of(track), "") in printed
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -216,21 +218,21 @@ def test_records_are_found_beside_the_script_and_one_folder_up(script):
 
 def test_flags_come_before_a_records_settings(script):
     first = read_record(Config, script.parent / "records/limited", 1)
-    assert parsed("--record=1", script=script) == (first, None)
-    assert parsed("--record=1", "--n-layer=6", script=script)[0] == first | {"n_layer": 6}
-    assert parsed("--record=2", script=script)[0] == {"num_epochs": 20}
+    assert parsed("--record=1", script=script).values == first
+    assert parsed("--record=1", "--n-layer=6", script=script).values == first | {"n_layer": 6}
+    assert parsed("--record=2", "--plan=p.json", script=script) == CommandLine({"num_epochs": 20}, None, "p.json")
 
 
 def test_toy_sizes_of_a_record(script):
     """In the record's proportion to the defaults; what it has off stays off. A script may have rules of its own."""
-    given, _ = parsed("--record=1", "--demo", script=script)
+    given = parsed("--record=1", "--demo", script=script).values
     off = {"warmdown": 0.0, "u_net": False, "replay_from_epoch": 0}
     assert given == {"n_layer": 1, "num_epochs": 10, "mlp": "relu2"} | off
     settings = {"replay_from_epoch": 14, "warmdown": 1.0, "mlp": "swiglu"}
     assert demo_of_record(Config, DEMO, settings) == DEMO | {"replay_from_epoch": 6, "warmdown": 0.5, "mlp": "swiglu"}
     assert demo_of_record(Config, DEMO, settings, unscaled=["replay_from_epoch"])["replay_from_epoch"] == 3
-    given, _ = parsed("--record=2", "--demo", "--n-layer=6", script=script, record_sizes=lambda settings: {"seed": 7})
-    assert given == {"num_epochs": 20, "seed": 7, "n_layer": 6}
+    line = parsed("--record=2", "--demo", "--n-layer=6", script=script, record_sizes=lambda settings: {"seed": 7})
+    assert line.values == {"num_epochs": 20, "seed": 7, "n_layer": 6}
 
 
 def test_records_that_cannot_be_trained(script):
@@ -240,7 +242,8 @@ def test_records_that_cannot_be_trained(script):
         return str(caught.value)
 
     assert refusal("--record=3") == "--record 3: the limited track has settings of 1, 2; see --list-records"
-    assert "--record is for a new run: --resume goes on with" in refusal("--record=1", "--resume=runs/x")
+    for flag in ("--record=1", "--plan=p.json"):
+        assert "--record and --plan are for a new run: --resume goes on with" in refusal(flag, "--resume=runs/x")
     for content, message in (
         ({"settings": {"n_layers": 3}}, "sets n_layers, which this script does not have"),
         ({}, "it lacks settings"),
@@ -254,7 +257,7 @@ def test_records_that_cannot_be_trained(script):
         (script.parent / "records/limited/02-more-layers.json").write_text(json.dumps(content))
         assert message in refusal("--record=2")
     (script.parent / "records/limited/02-more-layers.json").write_text('{"settings": {"warmdown": 1}}')
-    assert parsed("--record=2", script=script)[0] == {"warmdown": 1}  # a whole number where a float is meant
+    assert parsed("--record=2", script=script).values == {"warmdown": 1}  # a whole number where a float is meant
     (script.parent / "records/limited/records.json").write_text("{}")
     assert "records.json is damaged (it lacks records): restore it" in refusal("--list-records")
 

@@ -274,15 +274,17 @@ def test_log_and_metrics(run, folder, capsys):
 
 
 def test_metrics_of_lost_steps_are_dropped(run, folder):
-    """Those after the step that a run resumes from, and a line that is half written; then it goes on."""
-    for step in (0, 1, 2, 3, 4):
+    """Those after the step that a run resumes from, readouts that will be repeated, and a line that is half written."""
+    for step in (1, 2, 3):
         run.record({"step": step})
+        run.record({"step": step, "readout": f"epoch_{step}"})
     run.metrics.write('{"step": 2, "tra')
-    run.drop_metrics_after(2)
+    run.drop_metrics_after(2, ["epoch_1"])
     run.record({"step": 3, "again": True})
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3] and "again" in lines[-1]
-    run.drop_metrics_after(-1)
+    assert [(line["step"], line.get("readout")) for line in lines] == [(1, None), (1, "epoch_1"), (2, None), (3, None)]
+    assert "again" in lines[-1]
+    run.drop_metrics_after(-1, [])
     assert (folder / "metrics.jsonl").read_text() == ""
 
 

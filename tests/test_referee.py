@@ -886,10 +886,11 @@ def test_the_plan_of_a_run():
     tiny = limited | {"micro_batch": 32, "num_epochs": 15}
     assert len(referee.planned_tokens(tiny, referee.official_sequences())) - 1 == 2850
     import unlimited.train as unlimited
+    from slowrun.data import unread_split
 
     config = unlimited.Config(**SMALL["unlimited"])
-    plan = unlimited.Plan(config, 166)
-    assert referee.planned_tokens(vars(config), 166) == [plan.tokens_done(step) for step in range(plan.num_steps + 1)]
+    plan = unlimited.make_plan(config, unread_split(166 * (config.sequence_len + 1)))
+    assert referee.planned_tokens(vars(config), 166) == plan.tokens.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- the worker

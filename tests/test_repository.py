@@ -21,6 +21,7 @@ from slowrun.data import unread_split
 from slowrun.machine import GIB
 from slowrun.plan import Sizes, StepPlan
 from slowrun.rules import OFFICIAL_TRAIN_TOKENS
+from tools import bench
 
 README = (ROOT / "README.md").read_text()
 PACKAGE = {name: importlib.import_module(f"slowrun.{name}") for name in INSTRUMENT if name != "__init__"}
@@ -48,11 +49,12 @@ def test_links_lead_somewhere(readme):
 
 @EACH_PAGE
 def test_flags_exist(readme, capsys):
-    for script in (train, tiny, two_hour, unlimited, prepare_data, instruments, leaderboard, referee, submit):
+    for script in (train, tiny, two_hour, unlimited, prepare_data, instruments, leaderboard, referee, submit, bench):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     others = {"--standalone", "--nproc", "--nnodes", "--rdzv", "--shutdown-timeout"}  # of torchrun
+    others |= {"--fast", "--checkout", "--tolerance"}  # of tests/trace.py
     flags = set(re.findall(r"(?<![-\w])--[a-z-]*[a-z]", (ROOT / readme).read_text()))
     assert len(flags) > 5 and flags - others <= known
 
@@ -91,7 +93,7 @@ def test_the_map_is_complete():
     block = README.split("## Repository")[1].split("```")[1]
     listed = set(re.findall(r"^([\w./]+)", block, re.MULTILINE))
     there = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if not path.name.startswith((".", "_"))}
-    scripts = {name for name in there if name.endswith(".py")} | {"slowrun/", "records/", "tests/"}
+    scripts = {name for name in there if name.endswith(".py")} | {"slowrun/", "records/", "tests/", "tools/"}
     scripts |= {f"{folder}/train.py" for folder in ("tiny", "two_hour", "unlimited")}
     assert listed - {"Makefile"} == scripts and len(block.splitlines()) < 25
     assert all((ROOT / path).exists() for path in listed)
@@ -196,22 +198,25 @@ def test_the_figures_of_the_unlimited_track():
     assert f"of {c.perturb_first} of the parameter's own" in text and f"falling to {c.perturb_last} (" in text
     shares = f"{1 - c.teach_weight:.2f} of the usual one and {c.teach_weight} of the divergence"
     assert shares in text and f"at temperature {c.teach_temperature}" in text
-    member, checkpoint = unlimited.disk_gib(c, torch.bfloat16)
-    count = c.chains * c.cycles
-    losses = count * (2 * c.val_sequences * c.sequence_len + c.fitness_tokens) * 4 / 2**30
-    assert f"{count} of {member:.3g} GiB, with their losses {count * member + losses:,.0f} GiB" in text
-    assert f"of {checkpoint + member:.0f} GiB; two, and one being written" in text
-    plan = unlimited.Plan(c, 48_739)
-    flops = sum(
-        unlimited.step_flops_per_token(plan, s) * plan.batch_tokens(plan.cycle(s)) for s in range(plan.num_steps)
-    )
+    splits = {"val": c.val_sequences, "holdout": c.val_sequences, "fitness": c.fitness_tokens // (c.sequence_len + 1)}
+    splits = {name: unread_split(count * (c.sequence_len + 1)) for name, count in splits.items()}
+    sizes = unlimited.count_sizes(c, torch.bfloat16, splits, num_groups=5)
+    kept = (sizes.members * sizes.member_bytes + sizes.score_bytes) / GIB
+    assert f"{sizes.members} of {sizes.member_bytes / GIB:.3g} GiB, with their losses {kept:,.0f} GiB" in text
+    assert f"of {sizes.checkpoint_bytes / GIB:.0f} GiB; two, and one being written" in text
+    plan = unlimited.make_plan(c, unread_split(48_739 * (c.sequence_len + 1)))
+    flops = plan.flops[-1]
     hours = flops / (0.4 * 989e12 * 8) / 3600
     assert f"{flops / 1e21:.2f} ZFLOP a chain: {hours:.0f} h on 8" in text
     assert f"{c.chains * hours / 24:.0f} days on one node, {hours:.0f} h on five (counted)" in README
-    needed = [unlimited.memory_gib(c, n, torch.bfloat16)[2] for n in (8, 1)]
-    small = unlimited.memory_gib(unlimited.Config(device_batch=1), 1, torch.bfloat16)[2]
+    small = unlimited.count_sizes(unlimited.Config(device_batch=1), torch.bfloat16, splits, num_groups=1)
+    stages = plan.stages.values()
+    needed = [
+        max(sum(sizes.held_bytes(processes, stage).values()) for stage in stages) / GIB
+        for sizes, processes in ((sizes, 8), (sizes, 1), (small, 1))
+    ]
     assert f"{needed[0]:.0f} GiB by the script's own estimate on 8 GPUs, {needed[1]:.0f} GiB on one" in text
-    assert f"there {small:.0f} GiB with `--device-batch 1`" in text
+    assert f"there {needed[2]:.0f} GiB with `--device-batch 1`" in text
 
 
 def test_the_figures_of_the_tiny_track():

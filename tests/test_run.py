@@ -580,10 +580,11 @@ def test_a_plan(paths, tmp_path, monkeypatch, capsys, processes):
     """Without data it is for the official ones. One process writes it; none joins another or makes a run folder."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     plan = tmp_path / "plan.json"
-    for rank in range(processes):
+    for rank in sorted({0, processes - 1}):
         monkeypatch.setenv("RANK", str(rank))
+        large = {"batch_tokens": 524288, "micro_batch": 64}
         with pytest.raises(SystemExit) as ended:
-            toy.main(flags(**paths | {"plan": plan, "data_dir": "nowhere"}))
+            toy.main(flags(**paths | large | {"plan": plan, "data_dir": "nowhere"}))
         assert ended.value.code == 0
     content = json.loads(plan.read_text())
     assert content["assumed_data"] and content["track"] == "limited" and content["world_size"] == processes
@@ -591,6 +592,7 @@ def test_a_plan(paths, tmp_path, monkeypatch, capsys, processes):
     assert content["num_steps"] == sum(stage["steps"] for stage in content["stages"])
     assert rules.OFFICIAL_TRAIN_TOKENS * 1.9 < content["tokens"] < rules.OFFICIAL_TRAIN_TOKENS * 2
     assert [stage["stage"] for stage in content["stages"]] == ["early", "late"]
+    assert list(content["short_runs"]) == ["all"] and "--num-epochs=1" in content["short_runs"]["all"]
     assert capsys.readouterr().out.count("written to") == 1
     assert not Path(paths["runs_dir"]).exists()
 

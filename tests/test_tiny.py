@@ -132,7 +132,7 @@ def test_schedules():
     split = Split(np.empty(100_000_000, np.uint16), np.zeros(1, np.int64), 43, "")
     plan = tiny.make_plan(c, split)
     assert plan.num_steps == N
-    assert plan.labels == {0: "one pass", round(0.7 * N): "two passes"}
+    assert plan.labels == {0: "one_pass", round(0.7 * N): "two_passes"}
 
 
 def test_order_of_the_data():

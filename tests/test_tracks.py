@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ALL_TRACKS,
     MICRO_STEPS,
     NOISE,
     ROOT,
     SMALL,
     TRACKS,
+    UNLIMITED,
     V,
+    assert_agree,
     assert_same_outcome,
     fake_clock,
     flags,
     interrupt,
     name_of,
     on_processes,
-    outcome,
     read_metrics,
     read_result,
     refusal,
@@ -35,7 +35,9 @@ from conftest import (
     write_data,
 )
 
-from slowrun.data import load_split
+from slowrun import rules
+from slowrun import session as run_session
+from slowrun.data import load_split, unread_split
 
 MIXING = {"limited": "probability", "tiny": "weight", "two_hour": "probability"}
 STAGES = {  # what begins with the second epoch, and what the metrics say of it
@@ -52,7 +54,7 @@ def little_data(tmp_path_factory) -> Path:
 
 def settings(name: str, runs_dir: Path, data_dir: Path) -> dict:
     """Flags of a run of 5 steps, two epochs of 2.5 steps, with everything on, in float64."""
-    values = SMALL[name] | NOISE[name] | MICRO_STEPS[name]
+    values = SMALL[name] | NOISE[name]
     values |= {"data_dir": str(data_dir), "runs_dir": str(runs_dir), "run_name": "run", "device": "cpu"}
     return values | {"dtype": "float64", "eval_initial": True}
 
@@ -111,13 +113,13 @@ def test_a_run(track, reference):
 
 
 def test_the_model_learns(track, small, folder):
-    """From ln 97 nats towards the 1.39 of the small data, with every technique on (on tiny, all blocks start at 0)."""
-    epochs = 24 if name_of(track) == "tiny" else 8
+    """From ln 97 nats, with every technique on (on tiny, all blocks start at 0). Without context it would be 4.57."""
+    epochs = 12 if name_of(track) == "tiny" else 4
     values = {"num_epochs": epochs, "dtype": "float32", "lr_multiplier": 2.0}
     assert run_main(track, flags(**small | values | dict.fromkeys(NOISE[name_of(track)], 0.05))) == 0
     _, validations = read_metrics(folder)
     assert validations[0]["val_loss"] == pytest.approx(4.575, abs=0.01)
-    assert validations[-1]["val_loss"] < 3.2
+    assert validations[-1]["val_loss"] < 4.2
 
 
 @pytest.mark.parametrize(("method", "count"), [("step", 3), ("scorer", 4)])
@@ -149,20 +151,14 @@ def test_the_cap_in_the_middle_of_an_epoch(track, small, folder):
 def test_two_processes_compute_the_same_run(track, small, folder, reference):
     """With every technique on: the same to 1e-9 in float64, though sums are rounded in another order."""
     assert on_processes(track, flags(**small | {"eval_batch": 3}), count=2) == [0, 0]
-    (metrics, result, final), (expected_metrics, expected_result, expected_final) = outcome(folder), outcome(reference)
-    for line, expected in zip(metrics, expected_metrics, strict=True):
-        assert line == pytest.approx(expected, abs=1e-9)
-    assert result["world_size"] == 2 and result["readouts"] == pytest.approx(expected_result["readouts"], abs=1e-9)
-    for name in ("val_loss", "val_bpb", "holdout_loss", "val_tokens", "val_bytes", "parameters"):
-        assert result[name] == pytest.approx(expected_result[name], abs=1e-9), name
-    for member, weights in expected_final.items():
-        for name, tensor in weights.items():
-            torch.testing.assert_close(final[member][name], tensor, rtol=0, atol=1e-8)
+    assert_agree(folder, reference)
+    assert read_result(folder)["world_size"] == 2
 
 
-def test_a_smaller_device_batch_is_the_same_mathematics(track, small, folder, reference):
+def test_a_smaller_device_batch_is_the_same_mathematics(track, small, folder):
     """Without dropout, which is drawn per forward pass."""
-    quiet = small | dict.fromkeys(NOISE[name_of(track)], 0.0)
+    quiet = small | dict.fromkeys(NOISE[name_of(track)], 0.0) | MICRO_STEPS[name_of(track)]
+    quiet |= {"num_epochs": 1, "readout_epochs": 1}
     losses = []
     for device_batch in (0, 1):
         values = quiet | {"device_batch": device_batch, "run_name": f"run{device_batch}"}
@@ -270,11 +266,14 @@ def test_a_number_of_processes_that_does_not_fit(track, small, monkeypatch):
     assert "3 processes cannot divide 8 virtual ranks: use 1, 2, 4 or 8" in refusal(track, flags(**small))
 
 
-def test_full_size_without_a_gpu(track, data_dir, tmp_path):
+def test_full_size_without_a_gpu(track, tmp_path, monkeypatch):
     """A clear message with the memory it would need and what to run instead."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    error = refusal(track, flags(runs_dir=tmp_path / "runs", data_dir=data_dir))
+    splits = {"train": unread_split(rules.OFFICIAL_TRAIN_TOKENS), "val": unread_split(10_000)}
+    monkeypatch.setattr(run_session, "load_splits", lambda *args: splits)
+    monkeypatch.setattr(run_session, "token_bytes", lambda *args: (None, "nowhere"))
+    error = refusal(track, flags(runs_dir=tmp_path / "runs"))
     needs = {"limited": "1,444M parameters need 32 GiB", "tiny": "317M parameters need 8 GiB"}
     needs = (needs | {"two_hour": "1,444M parameters need 28 GiB"})[name_of(track)]
     assert f"{needs} per process for weights, gradients and optimizer, about" in error
@@ -282,15 +281,15 @@ def test_full_size_without_a_gpu(track, data_dir, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- import
+# --------------------------------------------------------------------------------------------------------------- import
 
 
-@ALL_TRACKS
-def test_importing_the_script_does_nothing(track, tmp_path):
-    """So that tests and the referee can import it: no output, no file, no random numbers drawn."""
+def test_importing_the_scripts_does_nothing(tmp_path):
+    """So that tests and the referee can import them: no output, no file, no random numbers drawn."""
+    modules = ", ".join((TRACKS | UNLIMITED).values())
     program = "import torch; state = torch.get_rng_state(); import {}; assert torch.equal(state, torch.get_rng_state())"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", program.format(track.__name__)]
+    command = [sys.executable, "-c", program.format(modules)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())

@@ -141,10 +141,10 @@ def test_schedules_of_the_record():
         found = [values.lr, values.weight_decay, values.momentum, track.warmdown(config, step, 4194), values.meta_step]
         names = ("lr", "wd", "momentum", "warmdown")
         assert found == pytest.approx([*(expected[name][i] for name in names), 0.0], abs=1e-12), step
-    assert list(plan.labels.values()) == ["windows 256/768", "windows 768/1792", "windows 1280/2048, replay"]
+    assert list(plan.labels.values()) == ["windows_256_768", "windows_768_1792", "windows_1280_2048_replay"]
     for step, label in plan.labels.items():
         values = track.schedule(config, step, plan)
-        assert label == f"windows {values.windows[0]}/{values.windows[1]}" + ", replay" * values.replay
+        assert label == f"windows_{values.windows[0]}_{values.windows[1]}" + "_replay" * values.replay
         assert step == 0 or track.schedule(config, step - 1, plan).windows != values.windows
         assert plan.epoch[step] + 1 in (1, 7, 14)
 

@@ -12,22 +12,29 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, V, flags, read_metrics, run_to_end, set_golden_parameters
+from conftest import ROOT, SMALL, V, assert_figures, flags, golden, golden_values, read_metrics, run_to_end
 
+import slowrun.folder
+import slowrun.machine
+import slowrun.session
 import unlimited.train as unlimited
-from slowrun import folder as run_folder
-from slowrun.data import Split, cut, load_split, sha256_file
-from slowrun.folder import write_json
+from slowrun.data import Split, load_split, sha256_file
+from slowrun.session import exit_code
 from slowrun.world import World
 
 SCRIPT = "unlimited/train.py"
 TINY = {"cycles": 2, "fitness_tokens": 2500, "log_every": 100}  # 3,500 tokens to train on: 13 steps a chain
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+DTYPES = pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
 
 
 @pytest.fixture
@@ -42,6 +49,14 @@ def folder(base) -> Path:
     return Path(base["runs_dir"]) / "run"
 
 
+def run(arguments: list[str]) -> int:
+    """The exit code of a run in this process."""
+    try:
+        return exit_code(partial(unlimited.main, arguments), SCRIPT)
+    except SystemExit as end:  # of a run that has finished
+        return end.code
+
+
 def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
@@ -50,14 +65,146 @@ def members_of(folder: Path) -> list[dict]:
     return read(folder / "final" / "members.json")["members"]
 
 
-def load(base: dict, split: str) -> Split:
-    return load_split(base["data_dir"], split, V, base["sequence_len"])
-
-
 def small_plan(base, **changes) -> tuple:
     config = unlimited.Config(**base | changes)
-    fitness, rest = unlimited.split_fitness(load(base, "train"), config)
-    return fitness, rest, unlimited.Plan(config, len(rest.sequences(config.sequence_len + 1)))
+    fitness, rest = unlimited.split_fitness(config, load_split(config.data_dir, "train", V, config.sequence_len))
+    return config, fitness, rest, unlimited.make_plan(config, rest)
+
+
+def sized_split(config, num_sequences: int) -> Split:
+    """A split of so many sequences."""
+    length = num_sequences * (config.sequence_len + 1)
+    return Split(np.broadcast_to(np.uint16(0), length), np.arange(0, length, 1000), 43, "")
+
+
+def new_training(config, dtype: torch.dtype = torch.float64, param_seed: int = 7):
+    """Training of a chain, with the golden parameters of a seed."""
+    train = unlimited.Training(config, ALONE, dtype, {"attention": "sdpa"}, compiled=False)
+    for name, value in golden_values(train.masters, param_seed, config.n_embd).items():
+        train.masters[name].copy_(value)
+    train.weights.refresh(train.masters)
+    return train
+
+
+# ------------------------------------------------------------------------------------------------------ golden numbers
+
+
+def golden_config():
+    numbers = golden("unlimited")["config"]
+    names = ("vocab_size", "sequence_len", "n_layer", "n_head", "n_embd", "logit_cap", "window_pattern")
+    names += ("replay_loops", "mtp_weight")
+    start, end = numbers["replay_layers"]
+    tokens = 8 * 2 * 2 * numbers["sequence_len"]
+    return unlimited.Config(
+        **{name: numbers[name] for name in names},
+        replay_start=start,
+        replay_end=end,
+        dropout=0.0,
+        batch_tokens=tokens,
+        outer_batch_tokens=tokens,
+    )
+
+
+def golden_tokens(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    numbers = golden("unlimited")["config"]
+    shape = numbers["batch"], numbers["sequence_len"] + 1
+    tokens = torch.from_numpy(np.random.RandomState(seed).randint(0, numbers["vocab_size"], shape))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+GOLDEN_CASES = [case for case in golden("unlimited")["cases"] if case != "meta_gradient"]
+
+
+@DTYPES
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_golden_losses_and_gradients(case, dtype, tolerance):
+    numbers, config = golden("unlimited"), golden_config()
+    expected, seed = numbers["cases"][case], numbers["config"]["param_seed"]
+    train = new_training(config, dtype, seed)
+    assert {name: list(p.shape) for name, p in train.masters.items()} == numbers["shapes"]
+    replay = case in ("replay", "distill")
+    tokens, targets = golden_tokens(numbers["config"]["token_seed"])
+    if case == "distill":
+        assert (config.teach_weight, config.teach_temperature) == (expected["alpha"], expected["temperature"])
+        train.teach(golden_values(train.masters, seed + 50000, config.n_embd))
+        train.weights.refresh(train.masters)
+    teacher = train.teacher if case == "distill" else None
+    loss, next_token_loss = train.model.training_loss(tokens, targets, replay, teacher=teacher)
+    loss.backward()
+    train.weights.pull_back(train.shards.grads)
+    assert loss.item() == pytest.approx(expected["loss"], rel=tolerance)
+    assert_figures(train.shards.grads, expected["grads"], tolerance)
+    if case == "distill":
+        own = (1 - expected["alpha"]) * (next_token_loss.item() + config.mtp_weight * expected["mtp"])
+        assert next_token_loss.item() == pytest.approx(expected["ce"], rel=tolerance)
+        assert (loss.item() - own) / expected["alpha"] == pytest.approx(expected["kl"], rel=10 * tolerance)
+        return
+    token_losses = train.model.token_losses(tokens, targets, replay)
+    np.testing.assert_allclose(token_losses.detach().numpy(), expected["token_losses"], rtol=tolerance)
+
+
+@DTYPES
+def test_golden_optimizer_steps(dtype, tolerance):
+    numbers, config = golden("unlimited"), golden_config()
+    seed = numbers["config"]["param_seed"]
+    train = new_training(config, dtype, seed)
+    plain = unlimited.Scheduled(1.0, 1.0, 0.95, 0.0, replay=False, taught=False, updates=1, cycle=1)
+    for step in range(3):
+        train.weights.refresh(train.masters)
+        train.model.training_loss(*golden_tokens(seed + 600 + step), replay=False)[0].backward()
+        train.weights.pull_back(train.shards.grads)
+        train.optimizer.step(replace(plain, updates=step + 1))
+        train.shards.zero_grads()
+    if dtype == torch.float32:  # an element of almost no sign takes or loses its decay
+        tolerance = 5e-4
+    assert_figures(train.masters, numbers["after_3_steps"]["params"], tolerance)
+    train.weights.refresh(train.masters)
+    loss, _ = train.model.training_loss(*golden_tokens(numbers["config"]["token_seed"]), replay=False)
+    assert loss.item() == pytest.approx(numbers["after_3_steps"]["loss"], rel=tolerance)
+
+
+def test_golden_schedules():
+    expected = golden("schedules")["unlimited"]
+    config, length = unlimited.Config(cycles=expected["cycles"]["num_cycles"]), expected["cycle_len"]
+    for i, step in enumerate(expected["steps"]):
+        assert unlimited.lr_multiplier(config, step / length) == pytest.approx(expected["lr"][i], abs=1e-12)
+        assert unlimited.weight_decay_multiplier(config, step / length) == pytest.approx(expected["wd"][i], abs=1e-12)
+    plan = unlimited.make_plan(config, sized_split(config, 48800))
+    assert [unlimited.batch_tokens(config, cycle) for cycle in range(12)] == expected["cycles"]["batch_tokens"]
+    assert np.bincount(plan.cycle[:-1]).tolist() == expected["cycles"]["steps"]
+    scales = [unlimited.perturbation_scale(config, cycle) for cycle in range(11)]
+    assert scales == pytest.approx(expected["perturbation_scale_after_cycle"], abs=1e-12)
+
+
+def test_golden_selection():
+    """The golden weights are of float32, by their digits: ours, in float64, agree to that precision."""
+    expected, seed = golden("unlimited")["selection"], golden("unlimited")["config"]["param_seed"]
+    probabilities = torch.from_numpy(np.random.RandomState(seed + 77).uniform(0.01, 0.9, (12, 400)))
+    weights = unlimited.learn_weights(probabilities)
+    assert weights.tolist() == pytest.approx(expected["weights"], abs=3e-6)
+    assert -(weights @ probabilities).log().mean().item() == pytest.approx(expected["fit_loss"], abs=1e-6)
+    mixed = unlimited.mixtures(weights, (4,))[4]
+    assert mixed.nonzero().flatten().tolist() == expected["top4"] and mixed.sum().item() == pytest.approx(1.0)
+
+
+def test_no_position_sees_the_future(base):
+    train = new_training(unlimited.Config(**base | {"dropout": 0.0}))
+    tokens = torch.randint(V, (1, 32))
+    changed = tokens.clone()
+    changed[0, 20] = (changed[0, 20] + 1) % V
+    first, second = (train.model.log_probs(t, replay=True) for t in (tokens, changed))
+    assert torch.equal(first[:, :20], second[:, :20]) and not torch.equal(first[:, 20:], second[:, 20:])
+
+
+def test_optimizer_groups(base):
+    numbers = golden("unlimited")
+    names = list(numbers["shapes"])
+    found = {name: g for g in unlimited.optimizer_groups(unlimited.Config(), names) for name in g.names}
+    assert sorted(found) == sorted(names)
+    for group in numbers.get("optimizer_groups", []):
+        for name in group["params"]:
+            assert found[name].method == group["kind"] and found[name].lr == pytest.approx(group["lr"], rel=1e-12)
+            assert found[name].weight_decay == group["weight_decay"]
 
 
 # --------------------------------------------------------------------------------------------------- plan and schedules
@@ -65,33 +212,35 @@ def small_plan(base, **changes) -> tuple:
 
 def test_plan_of_the_record():
     config = unlimited.Config()
-    plan = unlimited.Plan(config, 48_740)
-    assert plan.epoch_micro_steps == 3046
-    inner = [cycle for cycle in range(96) if plan.batch_tokens(cycle) == 524288]
-    assert inner == list(range(24, 72)) and plan.batch_tokens(0) == 393216
-    assert plan.cycle_steps(0) == round(2 * 3046 / 12) and plan.cycle_steps(30) == round(2 * 3046 / 16)
-    assert [plan.taught(plan.first_steps[cycle]) for cycle in (0, 7, 8, 95)] == [False, False, True, True]
-    assert not plan.taught(plan.num_steps) and not plan.taught(plan.first_steps[8] - 1)
-    assert unlimited.Plan(unlimited.Config(cycles=1), 48_740).batch_tokens(0) == 524288
+    plan = unlimited.make_plan(config, sized_split(config, 48_740))
+    assert unlimited.micro_steps_per_epoch(config, sized_split(config, 48_740)) == 3046
+    inner = [cycle for cycle in range(96) if unlimited.batch_tokens(config, cycle) == 524288]
+    assert inner == list(range(24, 72)) and unlimited.batch_tokens(config, 0) == 393216
+    steps = np.bincount(plan.cycle[:-1])
+    assert steps[0] == round(2 * 3046 / 12) and steps[30] == round(2 * 3046 / 16)
+    assert [unlimited.is_taught(config, cycle) for cycle in (0, 7, 8, 95, 96)] == [False, False, True, True, False]
+    assert [stage.name for stage in plan.stages.values()] == ["student", "teacher"]
+    assert unlimited.batch_tokens(unlimited.Config(cycles=1), 0) == 524288
 
 
 def test_every_micro_step_is_taken_once(base):
-    _, _, plan = small_plan(base)
-    assert [plan.cycle_steps(cycle) for cycle in range(3)] == [10, 5, 10]
-    sizes = np.diff([plan.first_micro_step(step) for step in range(plan.num_steps + 1)])
-    assert sizes.tolist() == [1] * 10 + [2] * 5 + [1] * 10
-    assert plan.tokens_done(plan.num_steps) == 30 * 512
-    assert [plan.epochs_done(step) for step in (0, 9, 10, 14, 15, 24, 25)] == [0, 0, 1, 1, 2, 2, 3]
-    assert [plan.cycle(step) for step in (0, 9, 10, 14, 15, 24)] == [0, 0, 1, 1, 2, 2]
+    _, _, _, plan = small_plan(base)
+    assert np.bincount(plan.cycle[:-1]).tolist() == [10, 5, 10]
+    assert np.diff(plan.tokens // 512).tolist() == [1] * 10 + [2] * 5 + [1] * 10
+    assert plan.tokens[-1] == 30 * 512
+    assert [plan.cycle_ended(step) for step in (0, 9, 10, 14, 15, 24, 25)] == [0, 0, 1, 0, 2, 0, 3]
+    assert [plan.cycle[step] for step in (0, 9, 10, 14, 15, 24)] == [0, 0, 1, 1, 2, 2]
     assert [plan.position(step) for step in (0, 5, 10, 12)] == [0.0, 0.5, 0.0, 0.4]
+    assert [plan.epoch[step] for step in (9, 10, 14, 15, 25)] == [0, 1, 1, 2, 3]
 
 
 def test_the_first_cycle_may_be_of_other_length_and_replay_may_begin_late(base):
-    _, _, plan = small_plan(base, first_cycle_epochs=3, replay_from=0.5)
-    assert [plan.cycle_steps(cycle) for cycle in range(3)] == [30, 5, 10]
-    assert [unlimited.stage(plan, step)["replay"] for step in (0, 14, 15, 29, 30, 32, 33)] == [0, 0, 1, 1, 0, 0, 1]
-    _, _, plan = small_plan(base, replay_from=1.0)
-    assert not any(unlimited.stage(plan, step)["replay"] for step in range(plan.num_steps))
+    config, _, _, plan = small_plan(base, first_cycle_epochs=3, replay_from=0.5)
+    assert np.bincount(plan.cycle[:-1]).tolist() == [30, 5, 10]
+    replay = [unlimited.schedule(config, step, plan).replay for step in (0, 14, 15, 29, 30, 32, 33)]
+    assert replay == [0, 0, 1, 1, 0, 0, 1]
+    config, _, _, plan = small_plan(base, replay_from=1.0)
+    assert not any(unlimited.schedule(config, step, plan).replay for step in range(plan.num_steps))
 
 
 def test_schedules_of_a_constant_rate_with_a_warmdown(base):
@@ -105,39 +254,37 @@ def test_schedules_of_a_constant_rate_with_a_warmdown(base):
 
 
 def test_the_fitness_set_is_whole_documents_that_are_never_trained_on(base):
-    fitness, rest, _ = small_plan(base)
-    whole = load(base, "train")
-    assert np.array_equal(np.concatenate([fitness.tokens, rest.tokens]), whole.tokens)
+    config, fitness, rest, _ = small_plan(base)
+    split = load_split(config.data_dir, "train", V, config.sequence_len)
+    assert np.array_equal(np.concatenate([fitness.tokens, rest.tokens]), split.tokens)
     assert len(fitness.tokens) <= 500 < len(fitness.tokens) + 60
     assert fitness.tokens[0] == rest.tokens[0] == V - 1 and (rest.tokens[rest.doc_starts] == V - 1).all()
-    assert len(fitness.doc_starts) + len(rest.doc_starts) == len(whole.doc_starts)
+    assert len(fitness.doc_starts) + len(rest.doc_starts) == len(split.doc_starts)
     assert (fitness.tokens[fitness.doc_starts] == V - 1).all()
 
 
 def test_each_chain_has_its_own_order_as_specified(base):
     """Documents by (chain seed) * 1009 + epoch + 1000, from the first epoch on; sequences by ... + 2000."""
-    _, rest, plan = small_plan(base)
+    config, _, rest, _ = small_plan(base, seed=43)
     order, ends = np.arange(len(rest.doc_starts)), np.append(rest.doc_starts[1:], len(rest.tokens))
-    seed = 43
     for epoch in (1, 2, 3):
-        generator = torch.Generator().manual_seed(seed * 1009 + epoch + 1000)
+        generator = torch.Generator().manual_seed(43 * 1009 + epoch + 1000)
         order = order[torch.randperm(len(order), generator=generator).numpy()]
         tokens = np.concatenate([rest.tokens[rest.doc_starts[i] : ends[i]] for i in order])
-        sequences = cut(tokens, 33)
-        generator = torch.Generator().manual_seed(seed * 1009 + epoch + 2000)
-        expected = sequences[torch.randperm(len(sequences), generator=generator).numpy()]
-        assert np.array_equal(unlimited.epoch_sequences(plan.config.of_chain(1), rest, epoch), expected)
+        sequences = tokens[: len(tokens) // 33 * 33].reshape(-1, 33)
+        generator = torch.Generator().manual_seed(43 * 1009 + epoch + 2000)
+        permutation = torch.randperm(len(sequences), generator=generator).numpy()
+        assert np.array_equal(unlimited.epoch_sequences(config, rest, epoch), sequences[permutation])
 
 
 def test_batches_of_two_sizes_go_on_through_the_order(base):
-    _, rest, plan = small_plan(base)
-    loader = unlimited.make_loader(plan, rest, range(8))
-    taken = [loader.batch(step).unflatten(1, (-1, 2)) for step in range(plan.num_steps)]
-    assert [batch.shape for batch in taken[9:11]] == [(8, 1, 2, 33), (8, 2, 2, 33)]
-    rows = np.concatenate([batch.swapaxes(0, 1).reshape(-1, 33) for batch in taken])
-    expected = []
-    for epoch in (1, 2, 3):
-        expected.append(unlimited.epoch_sequences(plan.config, rest, epoch)[: plan.epoch_micro_steps * 16])
+    config, _, rest, plan = small_plan(base)
+    loader = unlimited.make_loader(config, rest, plan, ALONE)
+    taken = [loader.batch(step).numpy() for step in range(plan.num_steps)]
+    assert [batch.shape for batch in taken[9:11]] == [(8, 2, 33), (8, 4, 33)]
+    rows = np.concatenate([b.reshape(8, -1, 2, 33).swapaxes(0, 1).reshape(-1, 33) for b in taken])
+    per_epoch = unlimited.micro_steps_per_epoch(config, rest) * 16
+    expected = [unlimited.epoch_sequences(config, rest, epoch)[:per_epoch] for epoch in (1, 2, 3)]
     assert np.array_equal(rows, np.concatenate(expected))
 
 
@@ -165,44 +312,41 @@ def test_distillation_equals_autograd(dtype):
     torch.testing.assert_close(grad, inputs.grad.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-9, atol=1e-12)
 
 
-def test_a_perfect_teacher_adds_nothing_and_none_is_needed_for_weight_0(base):
-    config = unlimited.Config(**base | {"teach_weight": 0.3})
-    model = unlimited.GPT(config).double()
-    set_golden_parameters(model, 7, config.n_embd)
+def test_a_perfect_teacher_adds_nothing(base):
+    train = new_training(unlimited.Config(**base | {"teach_weight": 0.3}))
     tokens = torch.randint(V, (2, 33), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    own = unlimited.snapshot_weights(model, dict(model.named_parameters()), torch.float64)
-    plain, nats = model.training_loss(inputs, targets, replay=True)
-    taught, nats_too = model.training_loss(inputs, targets, replay=True, teacher=own)
-    assert taught.item() == pytest.approx(0.7 * plain.item(), abs=1e-12) and nats_too.item() == pytest.approx(
-        nats.item()
-    )
+    train.teach(train.masters)
+    plain, nats = train.model.training_loss(inputs, targets, replay=True)
+    taught, nats_too = train.model.training_loss(inputs, targets, replay=True, teacher=train.teacher)
+    assert taught.item() == pytest.approx(0.7 * plain.item(), abs=1e-12)
+    assert nats_too.item() == pytest.approx(nats.item(), abs=1e-12)
 
 
 def test_the_teacher_has_no_dropout_and_no_gradient(base):
-    config = unlimited.Config(**base | {"dropout": 0.5})
-    model = unlimited.GPT(config)
-    set_golden_parameters(model, 7, config.n_embd)
+    train = new_training(unlimited.Config(**base | {"dropout": 0.5}))
     tokens = torch.randint(V, (2, 32))
-    weights = unlimited.snapshot_weights(model, dict(model.named_parameters()), torch.float32)
-    model.train()
-    first, second = (model.stream_of(weights, tokens) for _ in range(2))
-    assert torch.equal(first, second) and not first.requires_grad and model.training
-    assert torch.equal(first, model.eval().trunk(weights, tokens, replay=True))
+    train.teach(train.masters)
+    train.model.train()
+    assert not train.teacher.training and not any(p.requires_grad for p in train.teacher.parameters())
+    first, second = (train.teacher(tokens, replay=True) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first, train.model.eval()(tokens, replay=True))
 
 
-def test_a_snapshot_computes_as_a_model_that_loads_it(base):
+def test_a_snapshot_is_scored_as_it_is_stored(base, tmp_path):
+    """What the model computes with a snapshot in training, as the teacher, and loaded from the disk: the same bits."""
     config = unlimited.Config(**base)
-    model = unlimited.GPT(config)
-    set_golden_parameters(model, 7, config.n_embd)
-    snapshot = {n: p.detach().to(unlimited.member_dtype(n, p, torch.bfloat16)) for n, p in model.named_parameters()}
-    model.load_state_dict(snapshot)
-    loaded = unlimited.ComputeWeights(model, torch.bfloat16, requires_grad=False)
-    loaded.refresh()
-    weights = unlimited.snapshot_weights(model, snapshot, torch.bfloat16)
-    for unit, tensors in loaded.tensors.items():
-        for name, tensor in tensors.items():
-            assert tensor.dtype == weights[unit][name].dtype and torch.equal(tensor, weights[unit][name]), (unit, name)
+    train = new_training(config, torch.bfloat16)
+    snapshot = unlimited.member_weights(train.masters, torch.bfloat16)
+    tokens, targets = torch.randint(V, (2, 33)).unfold(1, 32, 1).unbind(1)
+    losses = train.scorer(snapshot, replay=True)(tokens, targets)
+    train.teach(snapshot)
+    unlimited.save_file({name: p.clone() for name, p in snapshot.items()}, tmp_path / "snapshot.safetensors")
+    loaded = unlimited.GPT(config, torch.bfloat16).eval()
+    unlimited.load_snapshot(loaded, tmp_path / "snapshot.safetensors")
+    for model in (train.teacher, loaded):
+        assert torch.equal(model.token_losses(tokens, targets, replay=True), losses)
 
 
 # ------------------------------------------------------------------------------------ perturbation, clipping, selection
@@ -212,47 +356,43 @@ def test_perturbation(base):
     """Of the size asked for, in each parameter of several elements; a function of the seed alone."""
     config = unlimited.Config(**base | {"n_embd": 256, "n_layer": 4, "replay_start": 2, "replay_end": 3})
     changed = []
-    for seed in ((42, 1), (42, 1), (42, 2), (43, 1)):
-        model = unlimited.GPT(config)
-        set_golden_parameters(model, 7, 256)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        unlimited.perturb(model, 0.2, *seed)
-        changed.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    for seed in (1, 1, 2):
+        train = new_training(config, torch.float32)
+        before = {name: p.clone() for name, p in train.masters.items()}
+        train.perturb(0.2, seed)
+        changed.append({name: p - before[name] for name, p in train.masters.items()})
     for name, difference in changed[0].items():
         assert torch.equal(difference, changed[1][name])
         deviation = 0.2 * before[name].std().item()
         if difference.numel() > 10_000:
             assert difference.std().item() == pytest.approx(deviation, rel=0.02), name
             assert abs(difference.mean().item()) < 5 * deviation / difference.numel() ** 0.5, name
-            for other in changed[2:]:
-                assert abs((difference * other[name]).mean().item()) < 0.05 * deviation**2, name
+            assert abs((difference * changed[2][name]).mean().item()) < 0.05 * deviation**2, name
     assert changed[0]["resid_lambdas"].all()
-    small = unlimited.GPT(unlimited.Config(**base))  # with a skip weight of one element
-    set_golden_parameters(small, 7, 32)
-    before = small.skip_weights.detach().clone()
-    unlimited.perturb(small, 0.2, 42, 1)
-    assert torch.equal(small.skip_weights, before)
+    small = new_training(unlimited.Config(**base))  # with a skip weight of one element
+    skip_weight = small.masters["skip_weights"].clone()
+    small.perturb(0.2, 1)
+    assert torch.equal(small.masters["skip_weights"], skip_weight)
 
 
 def test_gradients_are_clipped_as_torch_does(base):
     """By one norm over all parameters, before the momentum."""
-    config = unlimited.Config(**base | {"clip": 0.5})
-    momenta = []
-    for clip_by_torch in (True, False):
-        model = unlimited.GPT(config).double()
-        set_golden_parameters(model, 7, 32)
-        world = World(0, 1, torch.device("cpu"))
-        optimizer = unlimited.build_optimizer(config, model, world, torch.float64, compile=False)
-        for k, p in enumerate(model.parameters()):
-            p.grad.copy_(torch.from_numpy(np.random.RandomState(k).standard_normal(p.shape)))
-        if clip_by_torch:
-            optimizer.max_norm = 0.0
-            assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 10
-        optimizer.step(1.0, 1.0, 0.95)
-        momenta.append(optimizer.state_dict()["state"])
-    for name, state in momenta[0].items():
+    plain = unlimited.Scheduled(1.0, 1.0, 0.95, 0.0, replay=False, taught=False, updates=1, cycle=1)
+    states = []
+    for clip in (0.5, 0.0):
+        train = new_training(unlimited.Config(**base | {"clip": clip}))
+        for k, grad in enumerate(train.shards.grads.values()):
+            grad.copy_(torch.from_numpy(np.random.RandomState(k).standard_normal(grad.shape)))
+        if not clip:
+            parameters = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in train.shards.grads.values()]
+            for p, grad in zip(parameters, train.shards.grads.values(), strict=True):
+                p.grad = grad
+            assert torch.nn.utils.clip_grad_norm_(parameters, 0.5) > 10
+        train.optimizer.step(plain)
+        states.append(train.shards.state_dict())
+    for name, state in states[0].items():
         for key, value in state.items():
-            torch.testing.assert_close(momenta[1][name][key], value, rtol=1e-9, atol=1e-15)
+            torch.testing.assert_close(states[1][name][key], value, rtol=1e-9, atol=1e-15)
 
 
 def test_selection_where_one_model_is_best_everywhere():
@@ -291,11 +431,11 @@ def test_sizes_of_mixtures():
 @pytest.mark.draws
 def test_run_folder_and_claims(base, folder, capsys):
     """What the files say agrees with each other, and with the mixture made by hand from the members."""
-    assert unlimited.main(flags(**base | {"dropout": 0.1})) == 0
+    assert run(flags(**base | {"dropout": 0.1})) == 0
     printed, result = capsys.readouterr().out, read(folder / "result.json")
-    assert "chain 0 | cycle 2/3 | step 15/25 | val " in printed and "chain 1 | step 20/25 | train" in printed
-    assert "chain 0 | projected training time" in printed and "for all chains (2 one after the other)" in printed
-    assert "up to " in printed and "6 snapshots" in printed and "operations in all" in printed
+    assert "chain 0 | cycle_2 | step 15/25 | val " in printed and "chain 1 | step 20/25 | train" in printed
+    assert "chain 0 | projected training time" in printed and "for all 2, one after the other" in printed
+    assert "up to " in printed and "weights for the readout, 6 x" in printed and "operations in all" in printed
     ledgers = [read(folder / "chains" / f"chain_{chain:02d}" / "ledger.json") for chain in (0, 1)]
     assert [ledger["state"] for ledger in ledgers] == ["finished"] * 2
     assert [ledger["seed"] for ledger in ledgers] == [42, 43]
@@ -316,10 +456,10 @@ def test_run_folder_and_claims(base, folder, capsys):
         assert not (own / "checkpoints").exists() and (own / "curve.png").exists()
 
     members = members_of(folder)
-    mixture = 0
+    config, mixture = unlimited.Config(**base), 0
     assert sum(member["weight"] for member in members) == pytest.approx(1.0) and len(members) == 6
     for split, claimed in (("val", result["val_loss"]), ("holdout", result["holdout_loss"])):
-        sequences = torch.from_numpy(load(base, split).sequences(33).astype(np.int64))
+        sequences = torch.from_numpy(load_split(config.data_dir, split, V, 32).sequences(33).astype(np.int64))
         mixture = 0
         for weight, log_probs in unlimited.load_members(folder, "cpu"):
             mixture = mixture + weight * log_probs(sequences[:, :-1]).exp().double()
@@ -336,7 +476,21 @@ def test_run_folder_and_claims(base, folder, capsys):
     for name, sha256 in result["final_sha256"].items():
         assert sha256_file(folder / "final" / name) == sha256
     assert result["final_sha256"].keys() == {path.name for path in (folder / "final").iterdir()}
-    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and unlimited.main(["--resume", str(folder)]) == 0
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and run(["--resume", str(folder)]) == 0
+
+
+def signal_at(monkeypatch, chain: int, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal in a step of a chain, once."""
+    take_step = unlimited.Training.step
+    sent = []
+
+    def interrupted(train, at, *arguments):
+        if (train.config.seed - 42, at) == (chain, step) and not sent:
+            sent.append(True)
+            signal.raise_signal(number)
+        return take_step(train, at, *arguments)
+
+    monkeypatch.setattr(unlimited.Training, "step", interrupted)
 
 
 def results_of(folder: Path) -> tuple:
@@ -348,7 +502,7 @@ def results_of(folder: Path) -> tuple:
 def test_the_spread_of_chains_does_not_matter(base, folder):
     """3 chains on 1 and 2 processes, of which one trains two: the same snapshots, byte for byte, the same mixture."""
     values = base | TINY | {"chains": 3, "dropout": 0.1}
-    assert unlimited.main(flags(**values)) == 0
+    assert run(flags(**values)) == 0
     output = run_to_end(SCRIPT, flags(**values | {"run_name": "of_2"}), 2)
     assert "groups x processes: 2 x 1" in output
     assert results_of(folder.parent / "of_2") == results_of(folder)
@@ -358,7 +512,7 @@ def test_a_group_of_processes_trains_a_chain(base, folder):
     """Two processes on one chain, in float64: the same losses as one, dropout and meta-gradient included."""
     values = base | TINY | {"dtype": "float64", "dropout": 0.1, "chains": 1, "batch_tokens": 1024}
     values |= {"outer_batch_tokens": 1024, "meta_gradient": True}
-    assert unlimited.main(flags(**values)) == 0
+    assert run(flags(**values)) == 0
     run_to_end(SCRIPT, flags(**values | {"run_name": "two", "processes_per_chain": 2}), 2)
     one, two = (read_metrics(path / "chains" / "chain_00") for path in (folder, folder.parent / "two"))
     for lines, expected in zip(two, one, strict=True):
@@ -390,7 +544,7 @@ def test_killed_at_random_and_resumed(base, folder):
     """
     attempts = int(os.environ.get("KILLS", "2"))
     values = base | TINY | {"dropout": 0.1, "checkpoint_min": 0.0, "cycles": max(2, attempts)}
-    assert unlimited.main(flags(**values | {"run_name": "reference"})) == 0
+    assert run(flags(**values | {"run_name": "reference"})) == 0
     draw, arguments, kills = random.Random(int(os.environ.get("KILL_SEED", "0"))), flags(**values), []
     for _ in range(attempts):
         processes = start_processes(arguments, draw.choice([1, 2]))
@@ -416,30 +570,37 @@ def test_killed_at_random_and_resumed(base, folder):
 def test_stopped_by_a_signal_and_resumed(base, folder, monkeypatch, capsys):
     """In the second chain: the first is not trained again, and the result is that of an uninterrupted run."""
     values = base | TINY | {"dropout": 0.1}
-    assert unlimited.main(flags(**values | {"run_name": "reference"})) == 0
-    step_of = unlimited.Chain.train_step
-
-    def interrupted(chain, step):
-        if (chain.number, step) == (1, 11):  # in the cycle with a teacher
-            signal.raise_signal(signal.SIGTERM)
-        return step_of(chain, step)
-
-    monkeypatch.setattr(unlimited.Chain, "train_step", interrupted)
-    assert unlimited.main(flags(**values)) == 0
+    assert run(flags(**values | {"run_name": "reference"})) == 0
+    signal_at(monkeypatch, chain=1, step=11)  # in the cycle with a teacher
+    assert run(flags(**values)) == 0
     assert f"stopped by SIGTERM; resume with: python {sys.argv[0]} --resume {folder}" in capsys.readouterr().out
     states = [read(folder / "chains" / name / "ledger.json")["state"] for name in ("chain_00", "chain_01")]
     assert states == ["finished", "stopped"] and not (folder / "result.json").exists()
-    monkeypatch.setattr(unlimited.Chain, "train_step", step_of)
     first = folder / "chains" / "chain_00" / "metrics.jsonl"
     before = first.stat().st_mtime_ns
-    assert unlimited.main(["--resume", str(folder)]) == 0
+    assert run(["--resume", str(folder)]) == 0
     assert first.stat().st_mtime_ns == before and "chain 1 | resumed at step 12/" in capsys.readouterr().out
+    assert results_of(folder) == results_of(folder.parent / "reference")
+
+
+def test_an_ensemble_without_checkpoints(base, folder, monkeypatch, capsys):
+    """Snapshots are written, checkpoints are not: the chain that a signal stopped begins anew, with the same result."""
+    values = base | TINY | {"dropout": 0.1}
+    assert run(flags(**values | {"run_name": "reference"})) == 0
+    signal_at(monkeypatch, chain=1, step=11)
+    assert run(flags(**values | {"checkpoints": False})) == 1
+    printed = capsys.readouterr().out
+    assert "no checkpoints, so --resume would begin anew" in printed
+    assert f"which --no-checkpoints did not save: python {sys.argv[0]} --resume {folder} begins anew" in printed
+    assert not list(folder.rglob("step_*")) and list((folder / "chains/chain_00/final").glob("*.safetensors"))
+    assert run(["--resume", str(folder)]) == 0
+    assert "chain 1 | no checkpoint yet: starting from step 0" in capsys.readouterr().out
     assert results_of(folder) == results_of(folder.parent / "reference")
 
 
 def test_what_is_damaged_is_left_out(base, folder, capsys):
     """A snapshot with a changed byte, and one that is gone: neither is mixed in, and it is said which they are."""
-    assert unlimited.main(flags(**base | TINY)) == 0
+    assert run(flags(**base | TINY)) == 0
     (before, *_), names = results_of(folder), ["chain_00_cycle_002.safetensors", "chain_01_cycle_001.safetensors"]
     damaged, gone = (folder / "chains" / name[:8] / "final" / name for name in names)
     content = bytearray(damaged.read_bytes())
@@ -448,7 +609,7 @@ def test_what_is_damaged_is_left_out(base, folder, capsys):
     damaged.write_bytes(content)
     gone.unlink()
     capsys.readouterr()
-    assert unlimited.main(["--resume", str(folder), "--select-only"]) == 0
+    assert run(["--resume", str(folder), "--select-only"]) == 0
     printed = capsys.readouterr().out
     for path in (damaged, gone):
         assert f"WARNING: {path} is missing or damaged: it is left out" in printed
@@ -457,53 +618,43 @@ def test_what_is_damaged_is_left_out(base, folder, capsys):
     assert sum(member["weight"] for member in members) == pytest.approx(1.0)
     for path in (folder / "chains").glob("*/final/*"):
         path.unlink()
-    assert unlimited.main(["--resume", str(folder), "--select-only"]) == 2
-    assert "has no snapshot to read out" in capsys.readouterr().out
+    assert run(["--resume", str(folder), "--select-only"]) == 2
+    assert "has no snapshot to read out" in capsys.readouterr().err
 
 
-def test_a_damaged_snapshot_is_left_out_when_its_chain_resumes(base, folder, capsys):
+def test_a_damaged_snapshot_is_left_out_when_its_chain_resumes(base, folder, monkeypatch, capsys):
     """The teacher is in the checkpoint, so the chain goes on as it would have."""
     values = base | {"chains": 1, "checkpoint_min": 0.0}
-    assert unlimited.main(flags(**values | {"run_name": "reference"})) == 0
-    ensemble, _ = unlimited.set_up(flags(**values))
-    ensemble.warm_up()
-    step_of = ensemble.chain.train_step
-
-    def stop_at_12(step):
-        if step == 12:
-            ensemble.chain.signal = "SIGTERM"
-        return step_of(step)
-
-    ensemble.chain.train_step = stop_at_12
-    ensemble.fit()
-    ensemble.run.close()
+    assert run(flags(**values | {"run_name": "reference"})) == 0
+    signal_at(monkeypatch, chain=0, step=12)
+    assert run(flags(**values)) == 0
     (folder / "chains" / "chain_00" / "final" / "chain_00_cycle_001.safetensors").unlink()
-    assert unlimited.main(["--resume", str(folder)]) == 0
+    assert run(["--resume", str(folder)]) == 0
     assert "chain_00_cycle_001.safetensors is missing or damaged: it is left out" in capsys.readouterr().out
     members, expected = members_of(folder), members_of(folder.parent / "reference")
     assert [member["sha256"] for member in members] == [member["sha256"] for member in expected[1:]]
 
 
 def test_selection_is_repeated_with_other_settings(base, folder):
-    assert unlimited.main(flags(**base | TINY)) == 0
+    assert run(flags(**base | TINY)) == 0
     before = results_of(folder)
     select = ["--resume", str(folder), "--select-only"]
-    assert unlimited.main(select) == 0
+    assert run(select) == 0
     assert results_of(folder) == before
     declared = [folder / name for name in ("result.json", "curve.png", "metrics.jsonl", "final/members.json")]
     (folder / "curve.png").write_bytes(b"as declared")
     claimed = [path.read_bytes() for path in declared]
-    assert unlimited.main([*select, "--selection=uniform"]) == 0
+    assert run([*select, "--selection=uniform"]) == 0
     result = read(folder / "result_uniform_probability.json")
     assert [member["weight"] for member in result["members"]] == [0.25] * 4
     assert result["val_loss"] == pytest.approx(before[3]["equal_weights"], abs=1e-12)
     assert result["holdout_loss"] is None and not result["as_declared"]  # it chooses nothing, also not afterwards
-    assert unlimited.main([*select, "--leave-out-first"]) == 0
+    assert run([*select, "--leave-out-first"]) == 0
     members = read(folder / "result_learned_probability_without_first.json")["members"]
     assert len(members) == 2 and all("cycle_002" in member["file"] for member in members)
-    assert unlimited.main([*select, "--selection=uniform", "--average=logit"]) == 0
-    result, logs = read(folder / "result_uniform_logit.json"), 0
-    sequences = torch.from_numpy(load(base, "val").sequences(33).astype(np.int64))
+    assert run([*select, "--selection=uniform", "--average=logit"]) == 0
+    result, config, logs = read(folder / "result_uniform_logit.json"), unlimited.Config(**base), 0
+    sequences = torch.from_numpy(load_split(config.data_dir, "val", V, 32).sequences(33).astype(np.int64))
     for _, log_probs in unlimited.load_members(folder, "cpu"):
         logs = logs + log_probs(sequences[:, :-1]).double() / 4
     nats = -logs.log_softmax(-1).gather(-1, sequences[:, 1:, None]).mean().item()
@@ -512,73 +663,65 @@ def test_selection_is_repeated_with_other_settings(base, folder):
 
 
 def test_uniform_weights_can_be_declared(base, folder):
-    assert unlimited.main(flags(**base | TINY | {"selection": "uniform", "average": "logit", "chains": 1})) == 0
+    assert run(flags(**base | TINY | {"selection": "uniform", "average": "logit", "chains": 1})) == 0
     result, final = read(folder / "result.json"), read(folder / "final" / "members.json")
     assert result["as_declared"] and result["holdout_loss"] is not None and final["mixing"] == "logit"
     assert [member["weight"] for member in final["members"]] == [0.5] * 2
 
 
 def test_what_is_there_of_a_run_that_was_not_finished_can_be_selected(base, folder, monkeypatch):
-    step_of = unlimited.Chain.train_step
-
-    def interrupted(chain, step):
-        if chain.number == 1:
-            signal.raise_signal(signal.SIGINT)
-        return step_of(chain, step)
-
-    monkeypatch.setattr(unlimited.Chain, "train_step", interrupted)
-    assert unlimited.main(flags(**base | TINY)) == 0
-    monkeypatch.setattr(unlimited.Chain, "train_step", step_of)
-    assert unlimited.main(["--resume", str(folder), "--select-only"]) == 0
+    signal_at(monkeypatch, chain=1, step=0, number=signal.SIGINT)
+    assert run(flags(**base | TINY)) == 0
+    assert run(["--resume", str(folder), "--select-only"]) == 0
     result = read(folder / "result.json")
     assert (result["status"], result["stopped_by"], result["candidates"]) == ("partial", "select_only", 2)
     assert result["holdout_loss"] is None and "chains are not finished" in result["not_eligible_because"]
-    assert unlimited.main(["--resume", str(folder)]) == 0
+    assert run(["--resume", str(folder)]) == 0
     assert read(folder / "result.json")["status"] == "finished" and len(members_of(folder)) == 4
 
 
 def test_chains_can_be_added(base, folder, capsys):
     values = base | TINY
-    assert unlimited.main(flags(**values | {"chains": 3, "run_name": "reference"})) == 0
-    assert unlimited.main(flags(**values | {"chains": 2})) == 0
-    assert unlimited.main(["--resume", str(folder), "--add-chains=1"]) == 0
+    assert run(flags(**values | {"chains": 3, "run_name": "reference"})) == 0
+    assert run(flags(**values | {"chains": 2})) == 0
+    assert run(["--resume", str(folder), "--add-chains=1"]) == 0
     assert results_of(folder) == results_of(folder.parent / "reference")
     assert read(folder / "result_of_2_chains.json")["chains"] == 2 and read(folder / "result.json")["chains"] == 3
     (folder / "result.json").unlink()
-    assert unlimited.main(["--resume", str(folder), "--add-chains=1"]) == 2
+    assert run(["--resume", str(folder), "--add-chains=1"]) == 2
     assert "--add-chains extends a finished run, and" in capsys.readouterr().err
-    write_json(folder / "result.json", {"status": "finished"})
+    slowrun.folder.write_json(folder / "result.json", {"status": "finished"})
     before = (folder / "config.json").read_bytes()
     for wrong in (
         ["--add-chains=-1"],
         ["--add-chains=1", "--processes-per-chain=4"],
         ["--add-chains=1", "--data-dir=no"],
     ):
-        assert unlimited.main(["--resume", str(folder), *wrong]) == 2
+        assert run(["--resume", str(folder), *wrong]) == 2
         assert (folder / "config.json").read_bytes() == before and (folder / "result.json").exists()
-    assert unlimited.main(flags(**values | {"run_name": "x", "add_chains": 1})) == 2
-    assert unlimited.main(flags(**values | {"run_name": "x", "select_only": True})) == 2
+    assert run(flags(**values | {"run_name": "x", "add_chains": 1})) == 2
+    assert run(flags(**values | {"run_name": "x", "select_only": True})) == 2
     assert "--select-only needs --resume RUN_DIR" in capsys.readouterr().err
 
 
 def test_independent_members(base, folder):
     """Each cycle begins with fresh weights and an empty optimizer, with a teacher or without."""
     values = base | TINY | {"chains": 1, "cycles": 3, "members": "independent", "eval_initial": True}
-    assert unlimited.main(flags(**values)) == 0
+    assert run(flags(**values)) == 0
     steps, validations = read_metrics(folder / "chains" / "chain_00")
     assert validations[0]["val_loss"] == pytest.approx(math.log(V), abs=0.01)
     starts = [line["train_loss"] for line in steps if line["lr"] == 1.0]
     assert len(starts) == 3 and starts == pytest.approx([math.log(V)] * 3, abs=0.01)
     hashes = {member["sha256"] for member in members_of(folder)}
     assert len(hashes) == 3
-    assert unlimited.main(flags(**values | {"teach_after": 0, "run_name": "untaught"})) == 0
+    assert run(flags(**values | {"teach_after": 0, "run_name": "untaught"})) == 0
     untaught = members_of(folder.parent / "untaught")
     assert [member["sha256"] in hashes for member in untaught] == [True, False, False]
 
 
 def test_only_so_many_snapshots_are_kept(base, folder):
     """The one of least weight in its chain goes, never the newest; what is kept is what the ledger lists."""
-    assert unlimited.main(flags(**base | {"chains": 1, "cycles": 4, "keep": 2, "checkpoint_min": 0.0})) == 0
+    assert run(flags(**base | {"chains": 1, "cycles": 4, "keep": 2, "checkpoint_min": 0.0})) == 0
     own = folder / "chains" / "chain_00"
     members = read(own / "ledger.json")["members"]
     assert len(members) == 2 and members[-1]["cycle"] == 4
@@ -587,24 +730,26 @@ def test_only_so_many_snapshots_are_kept(base, folder):
 
 
 def test_a_disk_that_is_too_small_is_refused(base, folder, monkeypatch, capsys):
-    disk = SimpleNamespace(free=20_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
-    assert unlimited.main(flags(**base)) == 2
-    error = capsys.readouterr().err
-    assert "the run needs up to" in error and "--keep fewer snapshots of a chain" in error and not folder.exists()
+    monkeypatch.setattr(slowrun.machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
+    assert run(flags(**base)) == 2
+    assert "the run needs up to" in capsys.readouterr().err and not folder.exists()
+
+
+def test_sizes_of_the_record():
     config = unlimited.Config()
-    disk.free = 10**15
-    said = unlimited.check_disk(config, torch.bfloat16, folder, running=5, targets=2 * 4880 * 2048 + 132000)
-    assert "480 snapshots, 3.48 GiB each in bfloat16" in said and "up to 1,9" in said
-    needed = 480 * unlimited.disk_gib(config, torch.bfloat16)[0]
-    assert needed * 2**30 == pytest.approx(1.8e12, rel=0.05)  # the specification says 1.7 TB for 1.8B parameters
+    splits = {"val": sized_split(config, 4880), "holdout": sized_split(config, 4880)}
+    sizes = unlimited.count_sizes(config, torch.bfloat16, splits, num_groups=5)
+    assert (sizes.members, sizes.models) == (480, 5) and sizes.member_bytes / 2**30 == pytest.approx(3.48, abs=0.01)
+    assert 480 * sizes.member_bytes == pytest.approx(1.8e12, rel=0.05)  # the specification says 1.7 TB for 1.8B
+    assert sizes.score_bytes == 480 * 2 * 4880 * 2048 * 4
+    assert sizes.checkpoint_bytes / 2**30 == pytest.approx(18, abs=1.0)
 
 
 def test_a_full_disk_keeps_the_snapshot_for_the_next_attempt(base, folder, capsys):
     """The last snapshot cannot be written: exit code 1, no result, and after a resume all is there."""
     values = base | TINY | {"chains": 1}
-    assert unlimited.main(flags(**values | {"run_name": "reference"})) == 0
-    save = unlimited.save_file
+    assert run(flags(**values | {"run_name": "reference"})) == 0
+    save = slowrun.session.save_file
 
     def on_a_full_disk(tensors, path):
         if "cycle_002" in str(path):
@@ -612,10 +757,10 @@ def test_a_full_disk_keeps_the_snapshot_for_the_next_attempt(base, folder, capsy
         save(tensors, path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unlimited, "save_file", on_a_full_disk)
-        assert unlimited.main(flags(**values)) == 1
+        patch.setattr(slowrun.session, "save_file", on_a_full_disk)
+        assert run(flags(**values)) == 1
     assert "NOT saved" in capsys.readouterr().out and not (folder / "result.json").exists()
-    assert unlimited.main(["--resume", str(folder)]) == 0
+    assert run(["--resume", str(folder)]) == 0
     assert results_of(folder) == results_of(folder.parent / "reference")
 
 
@@ -626,24 +771,27 @@ def test_nothing_compiles_after_the_warm_up(base, monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
     torch._dynamo.reset()
-    ensemble, _ = unlimited.set_up(flags(**base | {"compile": "on", "dropout": 0.1, "replay_from": 0.5}))
-    ensemble.warm_up()
-    chain, made = ensemble.chain, counters["stats"]["unique_graphs"]
+    config, _, rest, plan = small_plan(base, dropout=0.1, replay_from=0.5)
+    train = unlimited.Training(config, ALONE, torch.float32, {"attention": "sdpa"}, compiled=True)
+    loader = unlimited.make_loader(config, rest, plan, ALONE)
+    train.warm_up([unlimited.schedule(config, step, plan) for step in plan.stages])
+    made = counters["stats"]["unique_graphs"]
     assert made > 10
+    batch = torch.randint(V, (config.eval_batch, 33))
     for step in (0, 9, 14, 24):
         if step == 14:
-            snapshot = {n: p.detach().clone() for n, p in chain.model.named_parameters()}
-            chain.teacher = unlimited.snapshot_weights(chain.model, snapshot, chain.dtype)
-        chain.train_step(step)()
-    chain.step = 10
-    chain.end_epoch(complete=True)
+            snapshot = unlimited.member_weights(train.masters, torch.float32)
+            train.scorer(snapshot, replay=True)(batch[:, :-1], batch[:, 1:])
+            train.teach(snapshot)
+            train.perturb(0.1, 1)
+        train.step(step, loader.batch(step), unlimited.schedule(config, step, plan))
     assert counters["stats"]["unique_graphs"] == made
 
 
 BAD_FLAGS = [
-    ({"chains": 0}, "--chains is 0: it must be positive"),
-    ({"cycles": 0}, "--cycles is 0: it must be positive"),
-    ({"keep": -1}, "--keep is -1: it must be 0 or more"),
+    ({"chains": 0}, "--chains is 0: it must be at least 1"),
+    ({"cycles": 0}, "--cycles is 0: it must be at least 1"),
+    ({"keep": -1}, "--keep is -1: it must be at least 0"),
     ({"outer_batch_tokens": 500}, "outer_batch_tokens 500 is not a multiple of 8 virtual ranks x micro_batch 2"),
     (
         {"meta_gradient": True},
@@ -656,10 +804,7 @@ BAD_FLAGS = [
     ({"teach_weight": 1.5}, "--teach-weight 1.5 is not in [0, 1]"),
     ({"lr_low": 1.0}, "--lr-low 1.0 is not in [0, 1)"),
     ({"processes_per_chain": 3}, "--processes-per-chain is 3: it must be 1, 2, 4 or 8"),
-    (
-        {"processes_per_chain": 2},
-        "groups of 2 that divide 8 virtual ranks: use --processes-per-chain 1, 2, 4 or 8",
-    ),
+    ({"processes_per_chain": 2}, "groups of 2 that divide 8 virtual ranks: use --processes-per-chain 1, 2, 4 or 8"),
     ({"average": "logit"}, "--average logit needs --selection uniform"),
     ({"selection": "uniform", "keep": 2}, "--keep needs --selection learned"),
     ({"cycles": 1, "leave_out_first": True}, "--leave-out-first leaves nothing of a single cycle"),
@@ -681,23 +826,23 @@ def test_bad_settings_are_refused(base, folder, capsys, monkeypatch, change, mes
         raise RuntimeError("no network")
 
     monkeypatch.setattr(wandb, "init", fail)
-    assert unlimited.main(flags(**base | change)) == 2
+    assert run(flags(**base | change)) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not folder.exists() or "wandb" in change
 
 
 def test_resuming_with_other_settings_is_refused(base, folder, capsys):
-    assert unlimited.main(flags(**base | TINY)) == 0
-    assert unlimited.main(["--resume", str(folder), "--chains=3"]) == 2
+    assert run(flags(**base | TINY)) == 0
+    assert run(["--resume", str(folder), "--chains=3"]) == 2
     assert "was started with other settings (chains 2, now 3)" in capsys.readouterr().err
     ledger = folder / "chains" / "chain_00" / "ledger.json"
     ledger.write_text("{")
-    assert unlimited.main(["--resume", str(folder), "--select-only"]) == 2
+    assert run(["--resume", str(folder), "--select-only"]) == 2
     assert f"{ledger} is damaged" in capsys.readouterr().err
     shutil.rmtree(folder / "chains" / "chain_00")
     (folder / "result.json").unlink()
-    assert unlimited.main(["--resume", str(folder)]) == 0  # the chain is trained again
+    assert run(["--resume", str(folder)]) == 0  # the chain is trained again
     assert len(members_of(folder)) == 4
 
 
@@ -712,46 +857,38 @@ def test_the_memory_of_a_chain_is_free_for_the_next(base, monkeypatch):
         alive.extend(weakref.ref(total) for total in weights.sums.values())
 
     monkeypatch.setattr(unlimited.ComputeWeights, "__init__", remembered)
-    assert unlimited.main(flags(**base | TINY | {"cycles": 1, "teach_after": 0})) == 0
+    assert run(flags(**base | TINY | {"cycles": 1, "teach_after": 0})) == 0
     gc.collect()
     assert len(alive) > 10 and not any(reference() is not None for reference in alive)
 
 
 def test_a_ledger_that_cannot_be_written_keeps_the_checkpoints(base, folder, monkeypatch, capsys):
     """The disk is full when the chain is done: it stops, and a resume finishes it without training again."""
-    write = run_folder.write_json
+    write = slowrun.folder.write_json
 
     def on_a_full_disk(path, content):
         if path.name == "ledger.json" and content["steps"] == 12:
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(run_folder, "write_json", on_a_full_disk)
-    assert unlimited.main(flags(**base | TINY | {"chains": 1})) == 1
+    monkeypatch.setattr(slowrun.folder, "write_json", on_a_full_disk)
+    assert run(flags(**base | TINY | {"chains": 1})) == 1
     assert "ledger.json is NOT saved" in capsys.readouterr().out
-    monkeypatch.setattr(run_folder, "write_json", write)
-    assert unlimited.main(["--resume", str(folder)]) == 0
+    monkeypatch.setattr(slowrun.folder, "write_json", write)
+    assert run(["--resume", str(folder)]) == 0
     assert "resumed at step 12/12" in capsys.readouterr().out and len(members_of(folder)) == 2
 
 
 def test_a_damaged_checkpoint_of_any_chain_is_found_at_the_start(base, folder, monkeypatch, capsys):
-    step_of = unlimited.Chain.train_step
-
-    def interrupted(chain, step):
-        if (chain.number, step) == (0, 3):
-            signal.raise_signal(signal.SIGTERM)
-        return step_of(chain, step)
-
-    monkeypatch.setattr(unlimited.Chain, "train_step", interrupted)
-    assert unlimited.main(flags(**base | TINY)) == 0
+    signal_at(monkeypatch, chain=0, step=3)
+    assert run(flags(**base | TINY)) == 0
     own, other = (folder / "chains" / name / "checkpoints" for name in ("chain_00", "chain_01"))
     (newest,) = own.glob("*.pt")
     newest.write_bytes(newest.read_bytes()[:-1])
     other.mkdir(parents=True)
     capsys.readouterr()
-    assert unlimited.main(["--resume", str(folder)]) == 2
+    assert run(["--resume", str(folder)]) == 2
     said = f"{newest.with_suffix('.json')} is damaged, or what it tells of: delete it to resume chain 0"
     assert said in capsys.readouterr().err
     newest.with_suffix(".json").unlink()
-    monkeypatch.setattr(unlimited.Chain, "train_step", step_of)
-    assert unlimited.main(["--resume", str(folder)]) == 0 and len(members_of(folder)) == 4
+    assert run(["--resume", str(folder)]) == 0 and len(members_of(folder)) == 4

@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Session("limited", Config, DEMO, argv, __file__)
     c = run.config
     plan = run.world.main_first(make_plan, c, run.splits["train"])
-    run.require(plan, count_sizes(c, run.dtype))
+    run.require(plan, count_sizes(c, run.dtype), short_runs={"all": {"num_epochs": 1}})
     run.open({"attention": "none"})
     train = Training(c, run.world)
     loader = make_loader(c, run.splits["train"], plan, run.world)

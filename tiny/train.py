@@ -46,6 +46,7 @@ from slowrun.kernels import (
     choose_attention,
     dropout,
     fp8_product,
+    slower_kernels,
     soft_cap,
     to_fp8,
 )
@@ -165,14 +166,14 @@ class Config(RunConfig):
         return self.batch_tokens // self.micro_step_tokens
 
     @property
-    def piece(self) -> int:
+    def term_sequences(self) -> int:
         """Sequences that a virtual rank takes at a time: half a micro-step if the meta-gradient has only one."""
         return self.micro_batch // 2 if self.meta_gradient and self.micro_steps == 1 else self.micro_batch
 
     @property
     def pass_sequences(self) -> int:
         """Sequences of a forward pass in training."""
-        return min(self.device_batch or self.piece, self.piece)
+        return min(self.device_batch or self.term_sequences, self.term_sequences)
 
     @property
     def kept_epochs(self) -> int:
@@ -224,10 +225,10 @@ def check_batch(c: Config) -> None:
             f"the meta-gradient cannot halve {c.micro_steps} micro-step(s) of {c.micro_batch} sequences: "
             "change --batch-tokens or --micro-batch, or give --no-meta-gradient"
         )
-    if c.piece % c.pass_sequences:  # all passes have one shape
+    if c.term_sequences % c.pass_sequences:  # all passes have one shape
         raise ValueError(
-            f"device_batch {c.device_batch} does not divide the {c.piece} sequences that a virtual rank takes at a "
-            "time: change --device-batch"
+            f"device_batch {c.device_batch} does not divide the {c.term_sequences} sequences of a term of the "
+            "gradient: change --device-batch"
         )
 
 
@@ -953,11 +954,14 @@ def make_plan(config: Config, split: Split) -> StepPlan:
     )
 
 
+def stage_name(passes: int) -> str:
+    return {1: "one_pass", 2: "two_passes"}.get(passes, f"{passes}_passes")
+
+
 def make_stage(config: Config, passes: int) -> Stage:
     """The steps with so many passes through all layers."""
-    name = {1: "one pass", 2: "two passes"}.get(passes, f"{passes} passes")
     L = config.n_layer
-    return Stage(name, flops_per_token(config, passes), forward_layers=passes * L, backward_layers=L)
+    return Stage(stage_name(passes), flops_per_token(config, passes), forward_layers=passes * L, backward_layers=L)
 
 
 def make_loader(config: Config, split: Split, plan: StepPlan, world: World) -> Loader:
@@ -1015,7 +1019,8 @@ class Training:
         losses = torch.zeros(2, dtype=self.model.wide, device=self.world.device)
         for virtual_rank, sequences in zip(self.world.virtual_ranks, batch, strict=True):
             losses += self.add_gradient(step, virtual_rank, sequences, values)
-        self.optimizer.step(step, values)
+        with torch.profiler.record_function("optimizer"):  # as profiles name it
+            self.optimizer.step(step, values)
         self.shards.zero_grads()
         return {"train_loss": losses[1], "train_loss_with_mtp": losses[0]}
 
@@ -1043,7 +1048,9 @@ class Training:
         # Second half, with those matrices moved. The move is about 1e-5 per element, so it is made from the float32
         # masters and rounded once; bfloat16 weights would lose it.
         self.weights.refresh(self.masters | self.move(self.config.meta_step))
-        losses += self.backward(step, virtual_rank, second, values, weight, first_piece=len(first) // self.config.piece)
+        losses += self.backward(
+            step, virtual_rank, second, values, weight, first_term=len(first) // self.config.term_sequences
+        )
         self.weights.pull_back(grads)
         return losses
 
@@ -1058,7 +1065,7 @@ class Training:
         return self.first_grads
 
     def backward(
-        self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_piece: int = 0
+        self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_term: int = 0
     ) -> Tensor:
         """Accumulate the gradient in the model -> the losses (2,); both of the sequences' mean losses times weight.
 
@@ -1067,9 +1074,9 @@ class Training:
         c = self.config
         mtp_weights = self.to_device(torch.tensor(values.mtp_weights, dtype=self.model.wide))
         totals = torch.zeros(2, dtype=self.model.wide, device=sequences.device)
-        for piece, rows in enumerate(sequences.split(c.piece), start=first_piece):
+        for term, rows in enumerate(sequences.split(c.term_sequences), start=first_term):
             for i, micro_batch in enumerate(rows.split(c.pass_sequences)):
-                self.world.seed(seed_of(c.seed, step, virtual_rank, piece, i))
+                self.world.seed(seed_of(c.seed, step, virtual_rank, term, i))
                 tokens, targets = micro_batch[:, :-1], micro_batch[:, 1:]
                 loss, next_token_loss = self.model.training_loss(tokens, targets, values.passes, mtp_weights)
                 part = weight * len(micro_batch)
@@ -1205,6 +1212,17 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 # ======================================================================================================================
 
 
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
+    runs = {
+        "one_pass": {"num_epochs": 1, "late_passes_from": 1.0},
+        stage_name(config.late_passes): {"num_epochs": 1, "late_passes_from": 0.0},
+    }
+    runs["all"] = {"num_epochs": 2, "late_passes_from": 0.5} if config.late_passes > 1 else runs["one_pass"]
+    others = {"swa_epochs": 0, "readout": "last", "decay_schedule": False}
+    return {name: settings | others for name, settings in runs.items()}
+
+
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
     """What the run needs of memory and disk, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
@@ -1277,8 +1295,8 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
     shape = config.sequence_len, config.n_head, head_dim
     error = partial(attention_error, attention, shape, [(window, None) for window in windows], device)
     return [
-        Kernel("attention", attention, plain="sdpa", limit=0.05, error=error),
-        Kernel("head", head, plain="plain", limit=0.2, error=partial(head_error, config, device, head)),
+        Kernel("attention", attention, plain="sdpa", fast="varlen", limit=0.05, error=error),
+        Kernel("head", head, plain="plain", fast="fp8", limit=0.2, error=partial(head_error, config, device, head)),
     ]
 
 
@@ -1303,9 +1321,9 @@ def main(argv: list[str] | None = None) -> int:
     run = Session("tiny", Config, DEMO, argv, __file__, record_sizes)
     c = run.config
     plan = run.world.main_first(make_plan, c, run.splits["train"])
-    run.require(plan, count_sizes(c, run.dtype))
+    run.require(plan, count_sizes(c, run.dtype), short_runs(c))
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
-    run.open({kernel.name: kernel.chosen for kernel in kernels})
+    run.open({kernel.name: kernel.chosen for kernel in kernels}, slower_kernels(kernels))
 
     torch.manual_seed(c.seed)
     train = Training(c, run.world, run.dtype, run.kernels, run.compiled)

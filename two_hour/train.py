@@ -48,6 +48,7 @@ from slowrun.kernels import (
     check_kernels,
     choose_attention,
     dropout,
+    slower_kernels,
     soft_cap,
 )
 from slowrun.machine import compute_dtype
@@ -145,14 +146,14 @@ class Config(RunConfig):
         return self.batch_tokens // self.micro_step_tokens
 
     @property
-    def piece(self) -> int:
+    def term_sequences(self) -> int:
         """Sequences that a virtual rank takes at a time: a micro-step, or half if the meta-gradient has only one."""
         return self.micro_batch // 2 if self.meta_gradient and self.micro_steps == 1 else self.micro_batch
 
     @property
     def pass_sequences(self) -> int:
         """Sequences of a forward pass in training."""
-        return min(self.device_batch or self.piece, self.piece)
+        return min(self.device_batch or self.term_sequences, self.term_sequences)
 
     @property
     def window_stages(self) -> list[WindowStage]:
@@ -256,10 +257,10 @@ def check_batch(c: Config) -> None:
             f"the meta-gradient cannot halve {c.micro_steps} micro-step(s) of {c.micro_batch} sequences: "
             "change --batch-tokens or --micro-batch, or give --no-meta-gradient"
         )
-    if c.piece % c.pass_sequences:  # all passes have one shape
+    if c.term_sequences % c.pass_sequences:  # all passes have one shape
         raise ValueError(
-            f"device_batch {c.device_batch} does not divide the {c.piece} sequences that a virtual rank takes at a "
-            "time: change --device-batch"
+            f"device_batch {c.device_batch} does not divide the {c.term_sequences} sequences of a term of the "
+            "gradient: change --device-batch"
         )
 
 
@@ -1005,7 +1006,7 @@ def make_stage(config: Config, epoch: int) -> Stage:
     """The stage that an epoch, counted from 1, belongs to: its windows, and whether it replays layers."""
     windows = windows_of(config, epoch)
     replay = replays(config, epoch)
-    name = f"windows {windows[0]}/{windows[1]}" + ", replay" * replay
+    name = f"windows_{windows[0]}_{windows[1]}" + "_replay" * replay
     layers = len(config.layer_order(replay))
     heads = 2 if config.mtp_weight else 1
     return Stage(name, flops_per_token(config, windows, replay), layers, layers, heads)
@@ -1065,7 +1066,8 @@ class Training:
         losses = torch.zeros(2, dtype=self.model.wide, device=self.world.device)
         for virtual_rank, sequences in zip(self.world.virtual_ranks, batch, strict=True):
             losses += self.add_gradient(step, virtual_rank, sequences, values)
-        self.optimizer.step(step, values)
+        with torch.profiler.record_function("optimizer"):  # as profiles name it
+            self.optimizer.step(step, values)
         self.shards.zero_grads()
         return {"train_loss": losses[1], "train_loss_with_mtp": losses[0]}
 
@@ -1093,7 +1095,9 @@ class Training:
         # Second half, with those matrices moved. The move is about 1e-5 per element, so it is made from the float32
         # masters and rounded once; bfloat16 weights would lose it.
         self.weights.refresh(self.masters | self.move(values.meta_step))
-        losses += self.backward(step, virtual_rank, second, values, weight, first_piece=len(first) // self.config.piece)
+        losses += self.backward(
+            step, virtual_rank, second, values, weight, first_term=len(first) // self.config.term_sequences
+        )
         self.weights.pull_back(grads)
         return losses
 
@@ -1108,7 +1112,7 @@ class Training:
         return self.first_grads
 
     def backward(
-        self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_piece: int = 0
+        self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_term: int = 0
     ) -> Tensor:
         """Accumulate the gradient in the model -> the losses (2,); both of the sequences' mean losses times weight.
 
@@ -1117,11 +1121,11 @@ class Training:
         """
         c = self.config
         totals = torch.zeros(2, dtype=self.model.wide, device=sequences.device)
-        for piece, rows in enumerate(sequences.split(c.piece), start=first_piece):
-            micro_step = piece * c.piece // c.micro_batch
+        for term, rows in enumerate(sequences.split(c.term_sequences), start=first_term):
+            micro_step = term * c.term_sequences // c.micro_batch
             dropped = draw_dropped(c, values.replay, step, micro_step)
             for i, micro_batch in enumerate(rows.split(c.pass_sequences)):
-                self.world.seed(seed_of(c.seed, step, virtual_rank, piece, i))
+                self.world.seed(seed_of(c.seed, step, virtual_rank, term, i))
                 tokens, targets = micro_batch[:, :-1], micro_batch[:, 1:]
                 loss, next_token_loss = self.model.training_loss(
                     tokens, targets, values.windows, values.replay, dropped
@@ -1266,6 +1270,21 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 # ======================================================================================================================
 
 
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
+    stages = {}  # (windows, replay) by name
+    for epoch in range(1, config.num_epochs + 1):
+        stages[make_stage(config, epoch).name] = windows_of(config, epoch), replays(config, epoch)
+    runs = {
+        name: {"num_epochs": 1, "window_schedule": f"1-1:{short},{long}", "replay_from_epoch": int(replay)}
+        for name, ((short, long), replay) in stages.items()
+    }
+    epochs = [f"{i}-{i}:{short},{long}" for i, ((short, long), _) in enumerate(stages.values(), start=1)]
+    first_replay = next((i for i, (_, replay) in enumerate(stages.values(), start=1) if replay), 0)
+    runs["all"] = {"num_epochs": len(stages), "window_schedule": ";".join(epochs), "replay_from_epoch": first_replay}
+    return {name: settings | {"swa_epochs": 0, "readout_epochs": 1} for name, settings in runs.items()}
+
+
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
     """What the run needs of memory and disk, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
@@ -1303,7 +1322,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
     }
     shape = config.sequence_len, config.n_head, head_dim
     error = partial(attention_error, chosen, shape, sorted(pairs), device)
-    return [Kernel("attention", chosen, plain="sdpa", limit=0.05, error=error)]
+    return [Kernel("attention", chosen, plain="sdpa", fast="varlen", limit=0.05, error=error)]
 
 
 def end_epoch(run: Session, train: Training) -> None:
@@ -1327,9 +1346,9 @@ def main(argv: list[str] | None = None) -> int:
     run = Session("two_hour", Config, DEMO, argv, __file__, record_sizes)
     c = run.config
     plan = run.world.main_first(make_plan, c, run.splits["train"])
-    run.require(plan, count_sizes(c, run.dtype))
+    run.require(plan, count_sizes(c, run.dtype), short_runs(c))
     kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
-    run.open({kernel.name: kernel.chosen for kernel in kernels})
+    run.open({kernel.name: kernel.chosen for kernel in kernels}, slower_kernels(kernels))
 
     torch.manual_seed(c.seed)
     train = Training(c, run.world, run.dtype, run.kernels, run.compiled)

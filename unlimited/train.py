@@ -1,42 +1,42 @@
 """The unlimited track of NanoGPT Slowrun: the lowest validation loss from 100M tokens of FineWeb, with any compute.
 
     python prepare_data.py                                       # once: writes fineweb_data/
-    torchrun --standalone --nproc_per_node=8 unlimited/train.py  # the record. Published: 2.987, 80 h on 5 nodes
-    python unlimited/train.py --demo                             # toy size; before it, prepare_data.py --source demo
+    torchrun --standalone --nproc_per_node=8 unlimited/train.py  # the current record; published: 2.987, 80 h on 5 nodes
+    python unlimited/train.py --resume runs/<name>               # continue a run that was stopped or killed
+    python unlimited/train.py --list-records                     # the records before it; --record N trains one
+    python unlimited/train.py --demo                             # toy sizes, on a CPU (prepare_data.py --source demo)
 
-An ensemble. Chains of snapshots are trained independently, each by a group of processes (of a machine, unless
---processes-per-chain says): a cycle of the learning rate gives a snapshot, noise on the weights begins the next, and
-after some cycles the last snapshot teaches. Weights of all snapshots are learned on documents kept from training, and
-their probabilities averaged. How many groups there are does not change the result. Every field of Config is a flag: see
---help. A run writes runs/<name>/, and one that was stopped or killed goes on with --resume runs/<name>. How a result is
-measured is in slowrun/.
+The result is an ensemble. Several chains are trained, independently of each other. A chain is one model, trained in
+cycles of the learning rate: the end of a cycle gives a snapshot, and noise on the weights begins the next cycle. After
+some cycles the last snapshot teaches the next one. In the end every snapshot gets a weight, learned on documents that
+were kept from training, and the probabilities of the snapshots with the largest weights are averaged.
+
+A group of processes, by default those of a machine, trains a chain together, and takes its chains one after the other.
+Groups do not talk to each other before all chains are done, and their number does not change the result.
+
+This file is the whole experiment, in reading order: Config, Model, Optimizer, Schedules, Data order,
+Training step, Chain, Selection, Readout, main. What no record may change (the score, the clock, the run folder) and the
+plumbing that no record wants to read (processes, flags, checkpoints, communication) are in slowrun/.
+
+Notation in shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H, L = n_layer, V = vocab_size, M members.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import json
 import math
 import os
-import platform
-import shlex
 import shutil
-import signal
-import statistics
 import sys
 import time
-from bisect import bisect_right
-from collections import deque
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from itertools import accumulate
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -44,262 +44,237 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / "slowrun").is_dir())))
 
-from slowrun import rules
-from slowrun.clock import Clock
-from slowrun.config import RESUME_MAY_CHANGE, RunConfig, parse_flags
-from slowrun.data import (
-    Loader,
-    Split,
-    load_splits,
-    read_json,
-    sha256_file,
-    shuffled_documents,
-    shuffled_micro_steps,
-    token_bytes,
+from slowrun.config import RunConfig, flag_of, require_at_least
+from slowrun.data import Loader, Split, read_json, sha256_file, shuffled_documents, shuffled_micro_steps
+from slowrun.folder import try_to_write_json, write_atomically
+from slowrun.kernels import (
+    CHUNK,
+    HeadLoss,
+    Kernel,
+    attend,
+    attention_error,
+    capped_cross_entropy,
+    check_kernels,
+    choose_attention,
+    dropout,
+    slower_kernels,
+    soft_cap,
 )
-from slowrun.folder import (
-    RunFolder,
-    code_sha256,
-    instrument_sha256,
-    read_config,
-    try_to_write_json,
-    wandb_mode,
-    write_atomically,
-    write_json,
-)
-from slowrun.machine import (
-    GIB,
-    compute_dtype,
-    device_name,
-    disk_space,
-    has_bfloat16,
-    peak_flops,
-    peak_memory,
-    total_memory,
-)
-from slowrun.scoring import EvalSet, Score, data_efficiency
-from slowrun.session import (
-    NonFiniteLoss,
-    begin,
-    check_same_data,
-    duration,
-    exit_code,
-    launch,
-    reopen,
-    resume_command,
-)
-from slowrun.world import VIRTUAL_RANKS, World, join, processes_here, seed_of
-
-TRACK = "unlimited"
-Weights = dict[str, dict[str, Tensor]]  # compute weights by unit ("io", "h.0", ..., "mtp_block") and name
-
-
-def require(ok: bool, message: str) -> None:
-    """For what a user can get wrong."""
-    if not ok:
-        raise ValueError(message)
-
+from slowrun.machine import compute_dtype, peak_flops
+from slowrun.plan import Sizes, Stage, StepPlan, stages_of
+from slowrun.scoring import Score
+from slowrun.session import Session, finished_run, launch
+from slowrun.sharded import Bucket, Shards
+from slowrun.weights import ComputeWeights, compute_weights
+from slowrun.world import VIRTUAL_RANKS, World, processes_here, seed_of
 
 # ======================================================================================================================
 # Config
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
-class GPTConfig:
-    """What a model of the ensemble is. The defaults are those of the current record, 1.9B parameters."""
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """The experiment. The defaults are the current record, and every field is a flag: n_layer is --n-layer."""
 
-    vocab_size: int = 50257  # token ids of the data; the tables have this rounded up to a multiple of 64
-    sequence_len: int = 2048  # tokens in a training or validation sequence
-    n_layer: int = 30  # transformer blocks; even if there is a U-Net, which pairs them
-    n_head: int = 16  # attention heads
-    n_embd: int = 2048  # width of the residual stream
-    window_pattern: str = "SSSL"  # attention windows by layer, repeated: S = T/2, L = T; the last layer is always L
-    logit_cap: float = 15.0  # soft cap of the logits, cap * tanh(logits / cap)
-    mtp_weight: float = 0.3  # weight of the loss on the token after next (0: no such block)
-    dropout: float = 0.1  # on the outputs of attention and MLP
-    stochastic_depth: float = 0.0  # probability that the last layer is dropped; linear in the layer, 0 at the first
-    replay_start: int = 15  # first layer that layer replay repeats; in the decoder, the second half of the layers
-    replay_end: int = 25  # one past the last layer that layer replay repeats
-    replay_loops: int = 4  # how often layer replay repeats them
+    # Model
+    vocab_size: int = 50257  # token ids in the data, V
+    sequence_len: int = 2048  # tokens per sequence, T
+    n_layer: int = 30  # transformer blocks, L; even, because the U-Net pairs them
+    n_head: int = 16  # attention heads, H
+    n_embd: int = 2048  # width of the residual stream, C
+    window_pattern: str = "SSSL"  # attention window by layer, repeated: S is T/2, L is T; the last layer is always L
+    logit_cap: float = 15.0  # logits are soft-capped to cap * tanh(logits / cap)
+    dropout: float = 0.1  # dropout probability on the outputs of attention and MLP
+    replay_start: int = 15  # first layer that is replayed; in the second half of the layers
+    replay_end: int = 25  # one past the last layer that is replayed
+    replay_loops: int = 4  # how often these layers run again, in training and in the readout
+    replay_from: float = 0.0  # fraction of a cycle before layer replay begins; 1 for never
+    mtp_weight: float = 0.3  # weight of the loss on the token after next; 0 for no such loss, and no block for it
+
+    # Chains and cycles
+    chains: int = 5  # models that are trained independently of each other; chain c has seed + c
+    cycles: int = 96  # cycles of the learning rate in a chain; the end of each gives a snapshot
+    cycle_epochs: int = 2  # passes over the training data in a cycle
+    batch_tokens: int = 524288  # tokens per optimizer step in the middle half of the cycles
+    outer_batch_tokens: int = 393216  # tokens per optimizer step in the other cycles
+    micro_batch: int = 2  # sequences per micro-step of one virtual rank
+    device_batch: int = 0  # sequences per forward pass; fewer save memory, same mathematics; 0 for micro_batch
+    eval_batch: int = 2  # sequences per forward pass in validation, per process
+    processes_per_chain: int = 0  # processes that train a chain together: 1, 2, 4 or 8; 0 for those of a machine
+    perturb_first: float = 0.25  # noise after the first cycle, in standard deviations of each parameter
+    perturb_last: float = 0.05  # noise after the last cycle but one; in between it follows half a cosine
+    time_cap_min: float = 0.0  # this track has no cap
+    seed: int = 42  # seed of chain 0: its initial weights, dropout, data order and noise
+
+    # Distillation
+    teach_after: int = 8  # cycles after which the last snapshot becomes the teacher of the next cycle; 0 for never
+    teach_weight: float = 0.45  # weight of the divergence from the teacher; the other losses have the rest
+    teach_temperature: float = 1.2  # of teacher and student in that divergence
+
+    # Optimizer
+    lr_multiplier: float = 0.25  # factor on all the learning rates below but mix_lr
+    matrix_lr: float = 0.04  # Muon, all matrices not named below
+    embedding_lr: float = 0.15  # AdamW, wte and value embedding tables
+    head_lr: float = 0.002  # AdamW, lm_head
+    scalar_lr: float = 0.1  # AdamW, x0_lambdas; resid_lambdas and skip_weights get 1% of it
+    mix_lr: float = 0.02  # AdamW, q_mix, k_mix and v_mix
+    weight_decay: float = 1.3  # of matrices, embedding tables and lm_head, at the end of a cycle
+    clip: float = 1.0  # largest norm of the gradient of all parameters; 0 for no clipping
+
+    # Schedules of a cycle
+    warmdown: float = 1.0  # fraction of a cycle, at its end, over which the learning rate falls linearly
+    lr_low: float = 0.08  # factor on the learning rate at the end of a cycle
+    decay_low: float = 0.7  # factor on the weight decay at the start of a cycle; it rises to 1 as the rate falls
+
+    # Readout
+    val_sequences: int = 4880  # sequences of the validation set and of the holdout that are scored, at most
+    fitness_tokens: int = 132000  # the first documents, up to so many tokens, are kept from training to weigh members
+    keep: int = 0  # snapshots of a chain that stay, those of most weight within it and the newest; 0 for all
+    add_chains: int = 0  # with --resume, of a finished run: train so many chains more
+    select_only: bool = False  # with --resume: train nothing, weigh and score what is there
+
+    # Kernels
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
+
+    # Switches of earlier records
+    members: Literal["snapshots", "independent"] = "snapshots"  # a cycle goes on from the last, perturbed; or afresh
+    first_cycle_epochs: int = 0  # passes over the training data in the first cycle; 0 for cycle_epochs
+    selection: Literal["learned", "uniform"] = "learned"  # weights of the members: learned, or equal
+    average: Literal["probability", "logit"] = "probability"  # what of the members is averaged
+    leave_out_first: bool = False  # the first member of each chain takes no part in the readout
+    meta_gradient: bool = False  # take the second half of each gradient at a point moved down the first half's
+    meta_step: float = 0.5  # length of the meta-gradient's step, over all the matrices it moves, at the full rate
+    stochastic_depth: float = 0.0  # probability of dropping the last layer; linear in the layer, 0 for the first
     mlp: Literal["swiglu", "relu2"] = "swiglu"  # relu2: squared ReLU, of width 4C
-    value_embedding: Literal["projection", "table"] = "projection"  # table: looked up by token
+    value_embedding: Literal["projection", "table"] = "projection"  # of x0, or a table that is looked up by token
     u_net: bool = True  # skips from the first half of the layers to the second
     head_gates: bool = True  # a gate on the output of each attention head
     head_mixes: bool = True  # interleaved head attention
     exclusive: bool = False  # exclusive self-attention
     proj_init: Literal["normal", "zero"] = "normal"  # how every c_proj starts
+    row_norm: bool = True  # normalize the rows of Muon's updates before they are orthogonalized
+    shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what each epoch puts into another order
 
     def __post_init__(self):
-        check_model(self)
+        super().__post_init__()
+        check_config(self)
 
     @property
     def padded_vocab(self) -> int:
-        return -(-self.vocab_size // 64) * 64
+        """V rounded up to a multiple of 64, which matrix products prefer."""
+        return math.ceil(self.vocab_size / 64) * 64
 
     @property
     def hidden(self) -> int:
-        """Width of the MLP: 4C, or for SwiGLU, which has a matrix more, 8/3 C rounded up to a multiple of 256."""
-        return 4 * self.n_embd if self.mlp == "relu2" else -(-(8 * self.n_embd // 3) // 256) * 256
+        """Width of the MLP: 8/3 C, rounded up to a multiple of 256; 4C for squared ReLU, which has a matrix less."""
+        return 4 * self.n_embd if self.mlp == "relu2" else math.ceil((8 * self.n_embd // 3) / 256) * 256
 
     @property
     def mlp_elements(self) -> int:
         """Elements of the MLP's matrices."""
         return (2 if self.mlp == "relu2" else 3) * self.n_embd * self.hidden
 
-    def window(self, i: int) -> int:
-        """How many positions back layer i attends, besides its own."""
-        short = self.window_pattern[i % len(self.window_pattern)] == "S" and i < self.n_layer - 1
-        return self.sequence_len // 2 if short else self.sequence_len
+    @property
+    def micro_step_tokens(self) -> int:
+        """Tokens of one micro-step on all virtual ranks."""
+        return VIRTUAL_RANKS * self.micro_batch * self.sequence_len
 
-    def has_value_embedding(self, i: int) -> bool:
-        return i % 2 == (self.n_layer - 1) % 2
+    @property
+    def pass_sequences(self) -> int:
+        """Sequences of a forward pass in training."""
+        return min(self.device_batch or self.micro_batch, self.micro_batch)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether some cycle has a teacher."""
+        return 0 < self.teach_after < self.cycles
+
+    def window(self, layer: int) -> int:
+        """How many earlier positions a layer attends to, at most. Layer L is the block of multi-token prediction."""
+        is_last = layer >= self.n_layer - 1
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        return self.sequence_len if is_last or letter == "L" else self.sequence_len // 2
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second layer has one, counted from the last."""
+        return layer % 2 == (self.n_layer - 1) % 2
 
     def layer_order(self, replay: bool) -> list[int]:
-        """Layers in the order in which they run, replayed ones repeated."""
-        replayed = list(range(self.replay_start, self.replay_end)) * (self.replay_loops if replay else 0)
+        """The layers in the order in which they run; replayed ones several times."""
+        loops = self.replay_loops if replay else 0
+        replayed = loops * list(range(self.replay_start, self.replay_end))
         return [*range(self.replay_end), *replayed, *range(self.replay_end, self.n_layer)]
-
-
-def check_model(c: GPTConfig) -> None:
-    """Refuse sizes that do not go together (ValueError)."""
-    sizes = {name: getattr(c, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    require(min(sizes.values()) > 0 and c.replay_loops >= 0, f"sizes must be positive: {sizes}")
-    require(c.sequence_len >= 4, f"sequence_len {c.sequence_len} is too short: at least 4 are needed")
-    require(
-        c.n_embd % (2 * c.n_head) == 0,
-        f"n_embd {c.n_embd} / n_head {c.n_head} = {c.n_embd / c.n_head:g}: a head needs an even number "
-        "of dimensions, change --n-embd or --n-head",
-    )
-    require(c.n_embd >= 32, f"n_embd {c.n_embd} is too small: gates read the first 32 dimensions")
-    paired = c.n_layer % 2 == 0 or not c.u_net
-    require(paired, f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer, or give --no-u-net")
-    letters = set(c.window_pattern)
-    require(letters and letters <= set("SL"), f"window_pattern {c.window_pattern!r} must be of letters S and L")
-    require(
-        c.n_layer // 2 <= c.replay_start < c.replay_end <= c.n_layer,
-        f"replay range [{c.replay_start}, {c.replay_end}) is not inside the decoder, layers "
-        f"{c.n_layer // 2} to {c.n_layer - 1}: change --replay-start and --replay-end",
-    )
-    for name in ("dropout", "stochastic_depth"):
-        require(0 <= getattr(c, name) < 1, f"{name} {getattr(c, name)} is not in [0, 1)")
-    require(c.logit_cap > 0 and c.mtp_weight >= 0, "logit_cap must be positive, mtp_weight not negative")
-
-
-@dataclass(frozen=True)
-class Config(GPTConfig, RunConfig):
-    """How the ensemble is trained. The defaults, with those of GPTConfig, are the current record."""
-
-    val_sequences: int = 4880  # sequences of the validation set, and of the holdout, that are scored at most
-    fitness_tokens: int = 132000  # whole documents, up to so many tokens, are kept from training to weigh members by
-    chains: int = 5  # models that are trained independently of each other; chain c has seed + c
-    cycles: int = 96  # cycles of the learning rate in a chain; the end of each gives a snapshot, a member
-    cycle_epochs: int = 2  # passes over the training data in a cycle
-    first_cycle_epochs: int = 0  # those of the first cycle (0: cycle_epochs)
-    members: Literal["snapshots", "independent"] = "snapshots"  # a cycle goes on from the last, perturbed; or afresh
-    teach_after: int = 8  # cycles after which the last snapshot becomes the teacher of the next (0: never)
-    teach_weight: float = 0.45  # of the divergence from the teacher; the other losses have the rest
-    teach_temperature: float = 1.2  # of teacher and student in that divergence
-    perturb_first: float = 0.25  # noise after the first cycle, in standard deviations of each parameter
-    perturb_last: float = 0.05  # noise after the last cycle but one; between them it is half a cosine
-    selection: Literal["learned", "uniform"] = "learned"  # weights of the members, from the fitness set; or equal ones
-    average: Literal["probability", "logit"] = "probability"  # what of the members is averaged
-    leave_out_first: bool = False  # the first member of each chain takes no part in the average
-    keep: int = 0  # snapshots of a chain that stay on the disk, by their weight in the chain (0: all); not the record
-    processes_per_chain: int = 0  # processes that train a chain together: 1, 2, 4 or 8 (0: those of a machine)
-    add_chains: int = 0  # with --resume, of a finished run: train so many chains more
-    select_only: bool = False  # with --resume: train nothing, weigh and score what is on the disk
-    batch_tokens: int = 524288  # tokens of an optimizer step in the middle half of the cycles
-    outer_batch_tokens: int = 393216  # tokens of an optimizer step in the other cycles
-    micro_batch: int = 2  # sequences of a micro-step of one of the 8 virtual ranks
-    device_batch: int = 0  # sequences of a forward pass: fewer save memory, same mathematics (0: micro_batch)
-    eval_batch: int = 2  # sequences of a forward pass in validation, per process
-    seed: int = 42  # seed of chain 0: initial weights, dropout, data order, perturbation
-    lr_multiplier: float = 0.25  # factor on all learning rates below but mix_lr
-    matrix_lr: float = 0.04  # Muon: all matrices but the tables
-    embedding_lr: float = 0.15  # AdamW: wte and tables of value embeddings
-    head_lr: float = 0.002  # AdamW: lm_head
-    scalar_lr: float = 0.1  # AdamW: x0_lambdas; times 0.01, resid_lambdas and skip_weights
-    mix_lr: float = 0.02  # AdamW: q_mix, k_mix, v_mix
-    weight_decay: float = 1.3  # of matrices and tables, before its schedule
-    row_norm: bool = True  # MuonEq-R: Muon gives the rows of a step the same norm before it is made orthogonal
-    clip: float = 1.0  # largest norm of the gradient of all parameters (0: not clipped)
-    warmdown: float = 1.0  # part of a cycle, at its end, over which the learning rate falls linearly
-    lr_low: float = 0.08  # learning rate at the end of a cycle
-    decay_low: float = 0.7  # weight decay at the start of a cycle; it rises to 1 as the learning rate falls
-    replay_from: float = 0.0  # part of a cycle before layer replay begins (1: never)
-    meta_gradient: bool = False  # take the second half of a gradient at a point moved down the first half's
-    meta_step: float = 0.5  # length of that move, times the learning rate's schedule
-    shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what each epoch puts in another order
-    attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
-
-    time_cap_min: float = 0.0  # this track has no cap
-
-    def __post_init__(self):
-        GPTConfig.__post_init__(self)
-        RunConfig.__post_init__(self)
-        check_config(self)
-
-    @property
-    def micro_steps(self) -> int:
-        """Micro-steps of a virtual rank in an optimizer step."""
-        return self.batch_tokens // (VIRTUAL_RANKS * self.micro_batch * self.sequence_len)
-
-    @property
-    def halves_batches(self) -> bool:
-        """Whether the meta-gradient halves the sequences of a micro-step, as there is only one."""
-        return self.meta_gradient and self.micro_steps == 1
-
-    @property
-    def device_rows(self) -> int:
-        """Sequences of a forward pass in training."""
-        rows = self.micro_batch // (1 + self.halves_batches)
-        return min(self.device_batch or rows, rows)
-
-    def of_chain(self, chain: int) -> Config:
-        """The same, with the seed of a chain, counted from 0."""
-        return dataclasses.replace(self, seed=self.seed + chain)
 
 
 def check_config(c: Config) -> None:
     """Refuse settings that do not go together (ValueError)."""
-    positive = ["chains", "cycles", "cycle_epochs", "batch_tokens", "outer_batch_tokens", "micro_batch"]
-    positive += ["fitness_tokens", "teach_temperature"]
-    least_0 = ["first_cycle_epochs", "teach_after", "keep", "processes_per_chain", "add_chains", "device_batch"]
-    for name in [*positive, *least_0, "perturb_first", "perturb_last", "clip", "meta_step"]:
-        value = getattr(c, name)
-        fits = value > 0 if name in positive else value >= 0
-        require(
-            fits, f"--{name.replace('_', '-')} is {value}: it must be {'positive' if name in positive else '0 or more'}"
+    for name in ("vocab_size", "n_layer", "n_head", "chains", "cycles", "cycle_epochs", "micro_batch"):
+        require_at_least(c, name, 1)
+    for name in ("replay_loops", "mtp_weight", "perturb_first", "perturb_last", "clip", "meta_step"):
+        require_at_least(c, name, 0)
+    for name in ("first_cycle_epochs", "teach_after", "keep", "processes_per_chain", "add_chains", "device_batch"):
+        require_at_least(c, name, 0)
+    require_at_least(c, "fitness_tokens", 1)
+    require_at_least(c, "sequence_len", 4)
+    require_at_least(c, "n_embd", 32)  # gates read the first 32 channels
+    if c.n_embd % (2 * c.n_head):
+        raise ValueError(f"n_embd {c.n_embd} is not a multiple of 2 * n_head = {2 * c.n_head}: change --n-embd")
+    if c.n_layer % 2 and c.u_net:
+        raise ValueError(f"n_layer {c.n_layer} is odd: the U-Net pairs layers, change --n-layer, or give --no-u-net")
+    if not c.window_pattern or set(c.window_pattern) - set("SL"):
+        raise ValueError(f"window_pattern {c.window_pattern!r} must consist of the letters S and L")
+    if not c.n_layer // 2 <= c.replay_start < c.replay_end <= c.n_layer:
+        raise ValueError(
+            f"replay_start {c.replay_start} and replay_end {c.replay_end} do not span layers of the second half, "
+            f"{c.n_layer // 2} ... {c.n_layer - 1}: change --replay-start and --replay-end"
         )
-    group = VIRTUAL_RANKS * c.micro_batch * c.sequence_len
-    for name in ("batch_tokens", "outer_batch_tokens"):
-        value = getattr(c, name)
-        require(
-            value % group == 0,
-            f"{name} {value} is not a multiple of {VIRTUAL_RANKS} virtual ranks x micro_batch {c.micro_batch} x "
-            f"sequence_len {c.sequence_len} = {group}: change --{name.replace('_', '-')}",
-        )
-        require(
-            not c.meta_gradient or value // group % 2 == 0,
-            f"the meta-gradient cannot halve {value // group} micro-step(s): make them even with "
-            f"--{name.replace('_', '-')} or --micro-batch, or give --no-meta-gradient",
-        )
-    fits = c.micro_batch % c.device_rows == 0  # all passes have one shape
-    require(fits, f"device_batch {c.device_batch} does not divide micro_batch, {c.micro_batch}: change --device-batch")
+    for name in ("dropout", "stochastic_depth", "lr_low"):
+        if not 0 <= getattr(c, name) < 1:
+            raise ValueError(f"{flag_of(name)} {getattr(c, name)} is not in [0, 1)")
     for name in ("teach_weight", "warmdown", "replay_from", "decay_low"):
-        require(0 <= getattr(c, name) <= 1, f"--{name.replace('_', '-')} {getattr(c, name)} is not in [0, 1]")
-    require(0 <= c.lr_low < 1, f"--lr-low {c.lr_low} is not in [0, 1)")
-    per = c.processes_per_chain
-    require(not per or VIRTUAL_RANKS % per == 0, f"--processes-per-chain is {per}: it must be 1, 2, 4 or 8")
-    require(c.time_cap_min == 0, f"--time-cap-min is {c.time_cap_min}: the {TRACK} track has no cap")
-    learned = c.selection == "learned"
-    require(
-        not learned or c.average == "probability",
-        "--average logit needs --selection uniform: weights are learned for the average of probabilities",
-    )
-    require(not c.keep or learned, "--keep needs --selection learned: what goes is chosen by its weight")
-    require(not c.leave_out_first or c.cycles > 1, "--leave-out-first leaves nothing of a single cycle: raise --cycles")
+        if not 0 <= getattr(c, name) <= 1:
+            raise ValueError(f"{flag_of(name)} {getattr(c, name)} is not in [0, 1]")
+    for name in ("logit_cap", "teach_temperature"):
+        if not getattr(c, name) > 0:
+            raise ValueError(f"{flag_of(name)} {getattr(c, name)} must be positive")
+    if c.time_cap_min:
+        raise ValueError(f"--time-cap-min is {c.time_cap_min}: the unlimited track has no cap")
+    if c.processes_per_chain and VIRTUAL_RANKS % c.processes_per_chain:
+        raise ValueError(f"--processes-per-chain is {c.processes_per_chain}: it must be 1, 2, 4 or 8")
+    check_batch(c)
+    check_readout(c)
+
+
+def check_batch(c: Config) -> None:
+    """Refuse batches that do not divide into micro-steps, halves and passes (ValueError)."""
+    for name in ("batch_tokens", "outer_batch_tokens"):
+        require_at_least(c, name, 1)
+        tokens = getattr(c, name)
+        if tokens % c.micro_step_tokens:
+            raise ValueError(
+                f"{name} {tokens} is not a multiple of {VIRTUAL_RANKS} virtual ranks x micro_batch {c.micro_batch} x "
+                f"sequence_len {c.sequence_len} = {c.micro_step_tokens}: change {flag_of(name)}"
+            )
+        if c.meta_gradient and tokens // c.micro_step_tokens % 2:
+            raise ValueError(
+                f"the meta-gradient cannot halve {tokens // c.micro_step_tokens} micro-step(s): make them even with "
+                f"{flag_of(name)} or --micro-batch, or give --no-meta-gradient"
+            )
+    if c.micro_batch % c.pass_sequences:  # all passes have one shape
+        raise ValueError(
+            f"device_batch {c.device_batch} does not divide micro_batch, {c.micro_batch}: change --device-batch"
+        )
+
+
+def check_readout(c: Config) -> None:
+    """Refuse readouts that make no sense (ValueError)."""
+    if c.selection == "learned" and c.average == "logit":
+        raise ValueError("--average logit needs --selection uniform: weights are learned for averaged probabilities")
+    if c.selection == "uniform" and c.keep:
+        raise ValueError("--keep needs --selection learned: what goes is chosen by its weight")
+    if c.leave_out_first and c.cycles == 1:
+        raise ValueError("--leave-out-first leaves nothing of a single cycle: raise --cycles")
 
 
 DEMO = {  # --demo: every technique, at a size that two CPU cores train in less than three minutes
@@ -309,214 +284,273 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in less 
     "eval_batch": 16, "val_sequences": 248, "lr_multiplier": 1.0, "weight_decay": 0.3, "dropout": 0.05,
     "compile": "off", "processes_per_chain": 1,
 }  # fmt: skip
-MAY_CHANGE = RESUME_MAY_CHANGE | {  # how chains are spread, and how members are weighed: not the training
-    "processes_per_chain", "add_chains", "select_only", "selection", "average", "leave_out_first",
-}  # fmt: skip
+
+# A resume may change how chains are spread over processes and how members are weighed: not the training
+READOUT_FIELDS = ("selection", "average", "leave_out_first")
+RESUME_MAY_CHANGE = frozenset({"processes_per_chain", "add_chains", "select_only", *READOUT_FIELDS})
 
 
 def record_sizes(settings: dict) -> dict:
-    """DEMO's values beside a record's settings: its sizes. There are no more chains and cycles than the record has."""
-    toy = DEMO | {"first_cycle_epochs": 0}
-    toy |= {name: min(DEMO[name], settings[name]) for name in ("chains", "cycles", "teach_after") if name in settings}
-    if settings.get("outer_batch_tokens") == Config.batch_tokens:
-        toy["outer_batch_tokens"] = toy["batch_tokens"]
-    return toy
+    """Toy sizes for a published record: those of the demo, with no more chains and cycles than the record has."""
+    sizes = DEMO | {"first_cycle_epochs": 0}
+    for name in ("chains", "cycles", "teach_after"):
+        if name in settings:
+            sizes[name] = min(DEMO[name], settings[name])
+    if settings.get("outer_batch_tokens") == Config.batch_tokens:  # one batch size in all cycles
+        sizes["outer_batch_tokens"] = DEMO["batch_tokens"]
+    return sizes
 
 
 # ======================================================================================================================
-# Model: the forward pass, as functions of compute weights
+# Model
 # ======================================================================================================================
 
+# There are two sets of weights. The optimizer updates the masters, which are float32 and have the benchmark's names
+# (transformer.h.3.attn.c_q.weight). The modules below hold the compute weights, which are bfloat16 on a GPU: head
+# mixing is applied to them already, and q, k, v and gate, up are stacked into one matrix each.
 
-# Modules only own parameters, the float32 "masters". The forward pass is a chain of plain functions that read compute
-# weights: the masters after all that depends on weights alone, which is mixing the heads, stacking q, k and v (gate and
-# up) into one matrix, and rounding to bfloat16. Training makes them once per gradient (ComputeWeights), not per pass.
-#
-# Notation: B sequences, T positions, C = n_embd, H = n_head, D = C / H, V = vocab_size, L = n_layer.
+
+def init_masters(config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The initial masters by name, drawn from torch's default generator.
+
+    Embedding tables are stored in the compute dtype, all others in float32 or wider.
+    """
+    L, H, C, hidden, padded_vocab = config.n_layer, config.n_head, config.n_embd, config.hidden, config.padded_vocab
+    wide = torch.promote_types(dtype, torch.float32)
+    bound = math.sqrt(3 / C)  # of a uniform distribution with standard deviation 1 / sqrt(C)
+
+    def constant(value: float, *shape: int) -> Tensor:
+        return torch.full(shape, value, dtype=wide, device=device)
+
+    def uniform(*shape: int, dtype: torch.dtype = wide) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).uniform_(-bound, bound)
+
+    def normal(std: float, *shape: int, dtype: torch.dtype = wide) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=std)
+
+    def projection(*shape: int) -> Tensor:
+        return normal(1 / math.sqrt(C), *shape) if config.proj_init == "normal" else constant(0.0, *shape)
+
+    def block(name: str, layer: int) -> dict[str, Tensor]:
+        masters = {}
+        if config.head_mixes:
+            masters[f"{name}.attn.q_mix"] = torch.eye(H, dtype=wide, device=device)
+            masters[f"{name}.attn.k_mix"] = torch.eye(H, dtype=wide, device=device)
+            masters[f"{name}.attn.v_mix"] = torch.eye(H, dtype=wide, device=device)
+        masters[f"{name}.attn.c_q.weight"] = uniform(C, C)
+        masters[f"{name}.attn.c_k.weight"] = uniform(C, C)
+        masters[f"{name}.attn.c_v.weight"] = uniform(C, C)
+        masters[f"{name}.attn.c_proj.weight"] = projection(C, C)
+        if config.head_gates:
+            masters[f"{name}.attn.attn_gate.weight"] = constant(0.0, H, 12)
+        if config.has_value_embedding(layer):
+            masters[f"{name}.attn.ve_gate.weight"] = constant(0.0, H, 32)
+        if config.mlp == "swiglu":
+            masters[f"{name}.mlp.c_gate.weight"] = uniform(hidden, C)
+        masters[f"{name}.mlp.c_fc.weight"] = uniform(hidden, C)
+        masters[f"{name}.mlp.c_proj.weight"] = projection(C, hidden)
+        return masters
+
+    masters = {"resid_lambdas": constant(1.0, L), "x0_lambdas": constant(0.1, L)}
+    if config.u_net:
+        masters["skip_weights"] = constant(1.0, L // 2)
+    masters["transformer.wte.weight"] = normal(1.0, padded_vocab, C, dtype=dtype)
+    for i in range(L):
+        masters |= block(f"transformer.h.{i}", layer=i)
+    masters["lm_head.weight"] = normal(0.001, padded_vocab, C)
+    for i in range(L):
+        if config.has_value_embedding(i) and config.value_embedding == "projection":
+            masters[f"ve_projs.{i}.weight"] = uniform(C, C)
+        elif config.has_value_embedding(i):
+            masters[f"ve_tables.{i}.weight"] = uniform(padded_vocab, C, dtype=dtype)
+    if config.mtp_weight:
+        masters["mtp_proj.weight"] = uniform(C, 2 * C)
+        masters |= block("mtp_block", layer=L)
+    return masters
+
+
+def mix_heads(weight: Tensor, mix: Tensor) -> Tensor:
+    """Interleaved head attention (arXiv 2602.21371): head h becomes sum_m mix[h, m] * head m.
+
+    weight (C, C), of which head m has rows m * D ... (m + 1) * D - 1; mix (H, H) -> (C, C).
+    """
+    heads = weight.view(mix.size(1), -1)  # (H, D * C)
+    return (mix @ heads).view_as(weight)
+
+
+def block_weights(masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a block by name, made from its masters; differentiable."""
+    weights = dict(masters)
+    qkv = []
+    for name in ("q", "k", "v"):
+        weight = weights.pop(f"attn.c_{name}.weight")
+        mix = weights.pop(f"attn.{name}_mix", None)
+        qkv.append(weight if mix is None else mix_heads(weight, mix))
+    weights["attn.qkv.weight"] = torch.cat(qkv)
+    if "mlp.c_gate.weight" in weights:
+        gate_up = [weights.pop(f"mlp.{name}.weight") for name in ("c_gate", "c_fc")]
+        weights["mlp.gate_up.weight"] = torch.cat(gate_up)
+    return weights
+
+
+def block_names(config: Config) -> list[str]:
+    """The prefixes of the blocks' names: what block_weights is for."""
+    blocks = [f"transformer.h.{i}." for i in range(config.n_layer)]
+    return [*blocks, "mtp_block."] if config.mtp_weight else blocks
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without learned gain (arXiv 1910.07467)."""
+    """RMSNorm over the last dimension, without a learned gain (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-_DROPOUT = f"slowrun_{__name__.replace('.', '_')}::dropout"  # each module needs its own name
-
-
-@torch.library.custom_op(_DROPOUT, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    return torch.native_dropout(x, p, True)
-
-
-@_dropout.register_fake
-def _dropout_fake(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-
-
-def _dropout_setup(ctx, inputs, output) -> None:
-    ctx.p = inputs[1]
-    ctx.save_for_backward(output[1])
-
-
-@partial(_dropout.register_autograd, setup_context=_dropout_setup)
-def _dropout_backward(ctx, grad, _):
-    return grad * ctx.saved_tensors[0] * (1 / (1 - ctx.p)), None
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout (arXiv 1207.0580); the identity for p = 0.
-
-    An operator of its own: compiled graphs then call ATen's kernel and draw the same numbers as the uncompiled model.
-    Inductor's replacement can corrupt masks in torch 2.13 (pytorch issue 198333).
-    """
-    return _dropout(x, p)[0] if p else x
-
-
-def rotary_tables(length: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin of the rotary embedding, base 10000 (arXiv 2104.09864) -> 2 x (length, 1, D / 2), float32 or wider."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
-    angles = torch.arange(length, device=device, dtype=dtype)[:, None, None] * frequencies
+def rotary_tables(config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary embedding, base 10000 (arXiv 2104.09864): each (T, 1, D / 2)."""
+    D = config.n_embd // config.n_head
+    exponents = torch.arange(0, D, 2, dtype=dtype) / D
+    frequencies = 10000.0**-exponents
+    angles = torch.arange(config.sequence_len, dtype=dtype)[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, T, H, D), its halves the two coordinates of the rotated planes -> (B, T, H, D), float32 or wider."""
-    cos, sin = rotary
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, D) -> the same shape, float32 or wider. A frequency pair is (x[d], x[d + D / 2])."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
-    """Causal attention, scale 1 / sqrt(D), position t sees t - window ... t: 3 x (B, T, H, D) -> (B, T, H, D).
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self-attention (arXiv 2603.09078): y without its component along the position's own value.
 
-    backend: "varlen" is the flash attention that torch carries (CUDA, compute capability 8.0 or newer, bfloat16),
-    "sdpa" is F.scaled_dot_product_attention, with a mask where the window is shorter than the sequence.
+    y, v (B, T, H, D) -> (B, T, H, D).
     """
-    B, T, H, D = q.shape
-    everything = window >= T - 1
-    if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
-
-        borders = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-        # contiguous, because the operator promises the compiler outputs and gradients laid out like its inputs
-        q, k, v = (t.reshape(B * T, H, D).contiguous() for t in (q, k, v))
-        left = -1 if everything else window
-        return varlen_attn(q, k, v, borders, borders, T, T, window_size=(left, 0)).view(B, T, H, D)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if everything:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    position = torch.arange(T, device=q.device)
-    distance = position[:, None] - position
-    mask = (distance >= 0) & (distance <= window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    v_hat = F.normalize(v, dim=-1, eps=1e-4)
+    along = (y * v_hat).sum(dim=-1, keepdim=True) * v_hat
+    return (y - along).to(y.dtype)
 
 
-def exclude_own_value(y: Tensor, v: Tensor, strength: Tensor | float) -> Tensor:
-    """Exclusive self-attention (arXiv 2603.09078): y loses a share of its part along the position's own value.
+class Attention(nn.Module):
+    """Multi-head attention with value embedding, rotary embedding and head gates. mix_heads is in its weights."""
 
-    y, v (B, T, H, D), strength: that share, one number or (H, 1) float32 or wider -> (B, T, H, D).
+    def __init__(self, config: Config, layer: int, backend: str):
+        super().__init__()
+        C, H = config.n_embd, config.n_head
+        self.n_head = H
+        self.window = config.window(layer)
+        self.backend = backend
+        self.exclusive = config.exclusive
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.c_proj = nn.Linear(C, C, bias=False)
+        self.attn_gate = nn.Linear(12, H, bias=False) if config.head_gates else None
+        self.ve_gate = nn.Linear(32, H, bias=False) if config.has_value_embedding(layer) else None
+
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = self.qkv(x).view(B, T, 3, H, D).unbind(dim=2)  # each (B, T, H, D)
+        if ve is not None:  # value residual (arXiv 2410.17897)
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :32]))  # (B, T, H), starts at 1
+            v = v + gate.unsqueeze(-1) * ve.view(B, T, H, D)
+        q = norm(rotate(q, cos, sin)).to(v.dtype)
+        k = norm(rotate(k, cos, sin)).to(v.dtype)
+        y = attend(q, k, v, self.window, self.backend)  # (B, T, H, D)
+        if self.exclusive:
+            y = exclude_own_value(y, v)
+        if self.attn_gate is not None:
+            gate = torch.sigmoid(self.attn_gate(x[..., :12]))  # (B, T, H) (arXiv 2505.06708)
+            y = y * gate.unsqueeze(-1)
+        return self.c_proj(y.reshape(B, T, C))
+
+
+class SwiGLU(nn.Module):
+    """The MLP: a gated unit (arXiv 2002.05202)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.hidden, bias=False)
+        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # each (B, T, hidden)
+        return self.c_proj(F.silu(gate) * up)
+
+
+class SquaredReLU(nn.Module):
+    """The MLP of the first records (arXiv 2109.08668)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=False)
+        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: Config, layer: int, backend: str):
+        super().__init__()
+        self.attn = Attention(config, layer, backend)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else SquaredReLU(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        x = x + dropout(self.attn(norm(x), ve, cos, sin), p)
+        return x + dropout(self.mlp(norm(x)), p)
+
+
+# --------------------------------------------------------------------- what is compiled: layers of a kind share a graph
+
+
+def run_layer(
+    block: Block,
+    x: Tensor,
+    x0: Tensor,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
+    resid_lambda: Tensor,
+    x0_lambda: Tensor,
+    ve: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    is_dropped: bool,
+) -> Tensor:
+    """A layer of the trunk: streams x, x0, skip (B, T, C), weights () -> (B, T, C).
+
+    skip is what a layer of the second half adds from the first (U-Net, arXiv 1505.04597). A dropped layer still applies
+    the skip and the residual mix.
     """
-    unit = F.normalize(v, dim=-1, eps=1e-4)
-    along = (y * unit).sum(-1, keepdim=True) * unit
-    return (y - strength * along).to(y.dtype)
-
-
-def attention(w, x: Tensor, ve: Tensor | None, rotary, *, n_head: int, exclusive: bool, **settings) -> Tensor:
-    """x (B, T, C), value embedding ve (B, T, C) or None -> (B, T, C)."""
-    B, T, C = x.shape
-    q, k, v = (t.view(B, T, n_head, C // n_head) for t in F.linear(x, w["qkv"]).chunk(3, dim=-1))
-    if ve is not None:  # value residual (arXiv 2410.17897) with a gate per head, at first 2 * sigmoid(0) = 1
-        v = v + 2 * torch.sigmoid(F.linear(x[..., :32], w["ve_gate"])).unsqueeze(-1) * ve.view_as(v)
-    q, k = norm(rotate(q, rotary)).to(v.dtype), norm(rotate(k, rotary)).to(v.dtype)
-    y = attend(q, k, v, **settings)
-    if exclusive:
-        y = exclude_own_value(y, v, 1.0)
-    if "attn_gate" in w:  # head gates (arXiv 2505.06708)
-        y = y * torch.sigmoid(F.linear(x[..., :12], w["attn_gate"])).unsqueeze(-1)
-    return F.linear(y.reshape(B, T, C), w["attn_proj"])
-
-
-def mlp(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """SwiGLU (arXiv 2002.05202), or without a gate squared ReLU (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
-    if "gate_up" in w:
-        gate, up = F.linear(x, w["gate_up"]).chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
-    else:
-        hidden = F.relu(F.linear(x, w["up"])).square()
-    return F.linear(hidden, w["mlp_proj"])
-
-
-def block(w: dict[str, Tensor], x: Tensor, ve: Tensor | None, rotary, *, dropout_p: float, **settings) -> Tensor:
-    """Attention and MLP, each on the normed stream and added to it: (B, T, C) -> (B, T, C)."""
-    x = x + dropout(attention(w, norm(x), ve, rotary, **settings), dropout_p)
-    return x + dropout(mlp(w, norm(x)), dropout_p)
-
-
-def layer(w: dict[str, Tensor], x: Tensor, x0: Tensor, skip, lambdas, ve, rotary, *, dropped: bool, **settings):
-    """A block of the trunk and the mixture before it; all streams are (B, T, C).
-
-    skip: the encoder output that a decoder layer adds (U-Net, arXiv 1505.04597), or None. lambdas: the scalar weights
-    of skip, x and x0. Of a layer dropped by stochastic depth the mixture remains.
-    """
-    skip_weight, resid_lambda, x0_lambda = lambdas
     if skip is not None:
         x = x + skip_weight * skip
     x = resid_lambda * x + x0_lambda * x0
-    return x if dropped else block(w, x, ve, rotary, **settings)
+    return x if is_dropped else block(x, ve, cos, sin)
 
 
-def value_embedding(w: dict[str, Tensor], i: int, tokens: Tensor, x0: Tensor) -> Tensor:
-    """What is added to the values of layer i, by tokens (B, T) or their embedding x0 (B, T, C) -> (B, T, C)."""
-    return F.linear(x0, w[f"ve_proj.{i}"]) if f"ve_proj.{i}" in w else F.embedding(tokens, w[f"ve_table.{i}"])
-
-
-def mtp_layer(w: dict[str, Tensor], z: Tensor, rotary, *, dropped: bool, **settings) -> Tensor:
-    """The block behind the prediction of the token after next: (B, T - 1, C) -> (B, T - 1, C), normed."""
-    return norm(z if dropped else block(w, z, None, rotary, **settings))
-
-
-def capped_logits(x: Tensor, lm_head: Tensor, vocab_size: int, cap: float) -> Tensor:
-    """x (..., C) -> soft-capped logits (..., V), float32 or wider (arXiv 2408.00118)."""
-    logits = F.linear(x, lm_head)[..., :vocab_size]
-    return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+def run_mtp_layer(block: Block, z: Tensor, cos: Tensor, sin: Tensor, is_dropped: bool) -> Tensor:
+    """The block of multi-token prediction: z (B, T - 1, C) -> (B, T - 1, C), normed."""
+    return norm(z if is_dropped else block(z, None, cos, sin))
 
 
 def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, cap: float) -> Tensor:
-    """x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
-    logits = capped_logits(x, lm_head, vocab_size, cap)
+    """Next-token loss in validation: x (B, T, C), targets (B, T) int64 -> (B, T) float32 or wider, nats."""
+    logits = soft_cap(F.linear(x, lm_head)[..., :vocab_size], cap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-CHUNK = 4096  # positions whose logits exist at a time in training on a GPU: enough to keep it busy
-CHUNK_ON_CPU = 128  # the same on a CPU: few enough to stay in its caches
-
-
-def capped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
-    """Loss of n positions with K targets each, and its gradient by the logits before their soft cap.
-
-    logits (n, padded V), targets (n, K) int64 (negative: none), weights (K,) float32 or wider -> the sum of weight *
-    nats over positions and targets, that of the first targets' nats, both () float32 or wider, and the gradient of the
-    former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on take no part.
-    """
-    bent = torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
-    capped = cap * bent
-    capped[:, vocab_size:] = -torch.inf
-    log_probs, slope = capped.log_softmax(-1), 1 - bent.square()
-    index, shares = targets.clamp_min(0), weights * (targets >= 0)
-    nats, total = -log_probs.gather(1, index), shares.sum(1, keepdim=True)
-    grad = (total * log_probs.exp() * slope).to(logits.dtype)
-    # Where the targets are, the difference is made before it is rounded; a token may be a target more than once.
-    wanted = (shares[:, None] * (index[:, :, None] == index[:, None])).sum(-1)
-    at_targets = (total * (-nats).exp() - wanted) * slope.gather(1, index)
-    grad = grad.scatter(1, index, at_targets.to(grad.dtype))
-    return (shares * nats).sum(), (nats * (targets >= 0))[:, 0].sum(), grad
-
-
 def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
-    """x (n, C), lm_head (padded V, C) -> the losses of capped_cross_entropy, their gradients by x and by lm_head."""
+    """Some positions' part of HeadLoss: x (n, C), lm_head (padded V, C), targets (n, 1) int64."""
     loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
     return loss, first_loss, grad @ lm_head, grad.T @ x
+
+
+# --------------------------------------------------------------------------------------------------------- distillation
 
 
 def capped_distillation(
@@ -527,541 +561,239 @@ def capped_distillation(
     temperature: float,
     vocab_size: int,
     cap: float,
-):
-    """Cross-entropy and divergence from a teacher of n positions, and their gradient by the logits before their cap.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distillation (arXiv 1503.02531): the loss of n positions, and its gradient by the logits before their soft cap.
 
-    logits, teacher_logits (n, padded V), targets (n,) int64 -> sums over the positions: (1 - teach_weight) * nats +
-    teach_weight * temperature^2 * KL(teacher || student), both capped and divided by the temperature in KL, and that of
-    nats alone, both () float32 or wider; the gradient of the former (n, padded V) in the logits' dtype, rounded once.
+    logits, teacher_logits (n, padded V), targets (n,) int64. Returns the sum over the positions of
+
+        (1 - teach_weight) * nats + teach_weight * temperature^2 * KL(teacher || student),
+
+    where KL is between the capped logits divided by the temperature; the sum of nats alone, both () float32 or wider;
+    and the gradient of the former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on take no
+    part.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    bent, taught = (torch.tanh(values[:, :vocab_size].to(wide) / cap) for values in (logits, teacher_logits))
-    log_probs, soft, taught = (
-        (cap / t * b).log_softmax(-1) for b, t in ((bent, 1), (bent, temperature), (taught, temperature))
-    )
+    bent = torch.tanh(logits[:, :vocab_size].to(wide) / cap)
+    teacher_bent = torch.tanh(teacher_logits[:, :vocab_size].to(wide) / cap)
+    log_probs = (cap * bent).log_softmax(-1)
+    soft_log_probs = (cap / temperature * bent).log_softmax(-1)
+    teacher_log_probs = (cap / temperature * teacher_bent).log_softmax(-1)
+
     nats = -log_probs.gather(1, targets[:, None]).sum()
-    divergence = (taught.exp() * (taught - soft)).sum()
+    divergence = (teacher_log_probs.exp() * (teacher_log_probs - soft_log_probs)).sum()
+    loss = (1 - teach_weight) * nats + teach_weight * temperature**2 * divergence
+
     is_target = torch.arange(vocab_size, device=targets.device) == targets[:, None]
     grad = (1 - teach_weight) * (log_probs.exp() - is_target.to(wide))
-    grad = (grad + teach_weight * temperature * (soft.exp() - taught.exp())) * (1 - bent.square())
-    grad = F.pad(grad.to(logits.dtype), (0, logits.size(1) - vocab_size))
-    return (1 - teach_weight) * nats + teach_weight * temperature**2 * divergence, nats, grad
+    grad = grad + teach_weight * temperature * (soft_log_probs.exp() - teacher_log_probs.exp())
+    grad = grad * (1 - bent.square())  # through the soft cap
+    return loss, nats, F.pad(grad.to(logits.dtype), (0, logits.size(1) - vocab_size))
 
 
 def taught_head_chunk(
-    x: Tensor, lm_head: Tensor, targets: Tensor, teacher_x: Tensor, *, teacher_head: Tensor, **settings
+    x: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    teacher_x: Tensor,
+    teacher_head: Tensor,
+    teach_weight: float,
+    temperature: float,
+    vocab_size: int,
+    cap: float,
 ):
-    """As head_chunk, with a teacher: x, teacher_x (n, C), lm_head, teacher_head (padded V, C), targets (n,)."""
-    logits = F.linear(x, lm_head), F.linear(teacher_x, teacher_head)
-    loss, nats, grad = capped_distillation(*logits, targets, **settings)
+    """Some positions' part of HeadLoss with a teacher: x, teacher_x (n, C), both heads (padded V, C), targets (n,)."""
+    logits = F.linear(x, lm_head)
+    teacher_logits = F.linear(teacher_x, teacher_head)
+    settings = teach_weight, temperature, vocab_size, cap
+    loss, nats, grad = capped_distillation(logits, teacher_logits, targets, *settings)
     return loss, nats, grad @ lm_head, grad.T @ x
-
-
-class HeadLoss(torch.autograd.Function):
-    """The head and the loss behind it, in chunks of positions whose gradients are made in the forward pass.
-
-    Autograd would keep the logits, and float32 copies of them, of all positions until the backward pass. So only a
-    chunk's exist at a time, and what is kept is the gradients, of x and, summed in float32, of the head.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, lm_head: Tensor, chunk, *others: Tensor):
-        """x (n, C), others (n, ...) what else a position needs, such as its targets.
-
-        chunk: (x, lm_head, *others) of some positions -> as head_chunk.
-        -> (Weighted sum of the losses, sum of the first targets' losses), both (); only the former has a gradient.
-        """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        losses, x_grad = torch.zeros(2, dtype=wide, device=x.device), torch.empty_like(x)
-        lm_head_grad = torch.zeros_like(lm_head, dtype=wide)
-        size = CHUNK_ON_CPU if x.device.type == "cpu" else CHUNK
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            *parts, x_grad[rows], lm_head_part = chunk(x[rows], lm_head, *(other[rows] for other in others))
-            losses += torch.stack(parts)
-            lm_head_grad += lm_head_part
-        ctx.save_for_backward(x_grad, lm_head_grad.to(lm_head.dtype))
-        loss, first_loss = losses.unbind()
-        ctx.mark_non_differentiable(first_loss)
-        return loss, first_loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        x_grad, lm_head_grad = ctx.saved_tensors
-        return x_grad * grad, lm_head_grad * grad, *(None for _ in ctx.needs_input_grad[2:])
-
-
-def draw_dropped(config: GPTConfig, replay: bool, *seed: int) -> list[bool] | None:
-    """Stochastic depth (arXiv 1603.09382): a flag per call of a block, the MTP block's last; None if it is off.
-
-    Layer i is dropped with probability stochastic_depth * i / (L - 1), the MTP block as if it were layer L. The draw
-    depends on `seed` (the run's seed, step, micro-step) alone, so it is the same in all processes.
-    """
-    if not config.stochastic_depth:
-        return None
-    layers = np.array([*config.layer_order(replay), config.n_layer])
-    chance = config.stochastic_depth * layers / (config.n_layer - 1)
-    return (np.random.default_rng(seed).random(len(layers)) < chance).tolist()
-
-
-# ----------------------------------------------------------------------------------------------------------- parameters
-
-
-class Attention(nn.Module):
-    """Parameters of an attention layer."""
-
-    def __init__(self, config: GPTConfig, value_embedding: bool):
-        super().__init__()
-        C, H = config.n_embd, config.n_head
-        self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
-        mixes = (nn.Parameter(torch.empty(H, H)) if config.head_mixes else None for _ in range(3))
-        self.q_mix, self.k_mix, self.v_mix = mixes
-        self.attn_gate = nn.Linear(12, H, bias=False) if config.head_gates else None
-        self.ve_gate = nn.Linear(32, H, bias=False) if value_embedding else None
-
-
-class MLP(nn.Module):
-    """Parameters of an MLP."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.c_gate = nn.Linear(config.n_embd, config.hidden, bias=False) if config.mlp == "swiglu" else None
-        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=False)
-        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
-
-
-class Block(nn.Module):
-    """Parameters of a transformer block."""
-
-    def __init__(self, config: GPTConfig, value_embedding: bool):
-        super().__init__()
-        self.attn = Attention(config, value_embedding)
-        self.mlp = MLP(config)
-
-    def sources(self) -> dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]:
-        """What each compute weight is made of: matrices, stacked by rows, each with the mix of its heads or None."""
-        attn, mlp = self.attn, self.mlp
-        sources = {
-            "qkv": [(attn.c_q.weight, attn.q_mix), (attn.c_k.weight, attn.k_mix), (attn.c_v.weight, attn.v_mix)],
-            "attn_proj": [(attn.c_proj.weight, None)],
-            "mlp_proj": [(mlp.c_proj.weight, None)],
-        }
-        if mlp.c_gate is None:
-            sources["up"] = [(mlp.c_fc.weight, None)]
-        else:
-            sources["gate_up"] = [(mlp.c_gate.weight, None), (mlp.c_fc.weight, None)]
-        gates = {"attn_gate": attn.attn_gate, "ve_gate": attn.ve_gate}
-        return sources | {name: [(gate.weight, None)] for name, gate in gates.items() if gate is not None}
-
-
-def mix_heads(weight: Tensor, mix: Tensor | None) -> Tensor:
-    """Interleaved Head Attention (arXiv 2602.21371): W_mixed[h] = sum_m mix[h, m] W[m], W[m] the D rows of head m."""
-    return weight if mix is None else (mix @ weight.view(mix.size(1), -1)).view_as(weight)
-
-
-def take_gradient(total: Tensor, leaf: Tensor) -> None:
-    """Add a leaf's gradient to a sum and drop it, as soon as it is there (a hook).
-
-    The sum may be of a wider dtype; a .grad of another dtype than its tensor's, grad_dtype, cannot be compiled.
-    """
-    total.add_(leaf.grad)
-    leaf.grad = None
-
-
-class ComputeWeights:
-    """The weights that the forward pass reads, made from the masters once per optimizer step.
-
-    `tensors` are leaves of the compute dtype. Their gradients are summed, float32 or wider, over any number of backward
-    passes. `refresh` makes them from the masters. `pull_back` adds the sums to the masters' `.grad`, by the transposed
-    map, and clears them. The map is linear in the matrices and in the mixes, so one `pull_back` serves all backward
-    passes since the last `refresh`.
-    """
-
-    def __init__(self, model: GPT, dtype: torch.dtype, requires_grad: bool = True):
-        self.sources, self.tensors, self.sums = model.sources(), {}, {}
-        for unit, weights in self.sources.items():
-            self.tensors[unit] = {}
-            for name, parts in weights.items():
-                master = parts[0][0]
-                shape = (sum(part.size(0) for part, _ in parts), *master.shape[1:])
-                leaf_dtype = dtype if master.ndim == 2 else master.dtype  # the lambdas are kept as they are
-                leaf = torch.zeros(shape, dtype=leaf_dtype, device=master.device, requires_grad=requires_grad)
-                self.tensors[unit][name] = leaf
-                if requires_grad:
-                    self.sums[leaf] = torch.zeros_like(leaf, dtype=torch.promote_types(leaf_dtype, torch.float32))
-                    # not a method: the garbage collector does not see a cycle through a hook, and would free nothing
-                    leaf.register_post_accumulate_grad_hook(partial(take_gradient, self.sums[leaf]))
-
-    def _rows(self):
-        """Every master, its mix, and the rows of the compute weight that it fills."""
-        for unit, weights in self.sources.items():
-            for name, parts in weights.items():
-                row = 0
-                for master, mix in parts:
-                    yield master, mix, self.tensors[unit][name], slice(row, row := row + master.size(0))
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        for master, mix, leaf, rows in self._rows():
-            leaf[rows].copy_(mix_heads(master, mix))
-
-    @torch.no_grad()
-    def pull_back(self) -> None:
-        for master, mix, leaf, rows in self._rows():
-            grad = self.sums[leaf][rows]
-            if mix is None:
-                master.grad.add_(grad)
-            else:
-                heads = mix.size(0)
-                master.grad.add_((mix.T @ grad.view(heads, -1)).view_as(master))
-                mix.grad.add_(grad.view(heads, -1) @ master.view(heads, -1).T)
-        self.clear_gradients()
-
-    def clear_gradients(self) -> None:
-        for gradient in self.sums.values():
-            gradient.zero_()
-
-
-@torch.no_grad()
-def snapshot_weights(model: GPT, snapshot: dict[str, Tensor], dtype: torch.dtype) -> Weights:
-    """The compute weights of a snapshot, parameters by name; model: whose parameters have these names."""
-    names, wide = {p: name for name, p in model.named_parameters()}, torch.promote_types(dtype, torch.float32)
-
-    def part(master: nn.Parameter, mix: nn.Parameter | None) -> Tensor:
-        return mix_heads(snapshot[names[master]].to(wide), None if mix is None else snapshot[names[mix]].to(wide))
-
-    def weight(parts: list) -> Tensor:
-        whole = torch.cat([part(*of) for of in parts])
-        return whole.to(dtype) if whole.ndim == 2 else whole
-
-    return {unit: {name: weight(parts) for name, parts in ws.items()} for unit, ws in model.sources().items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------ GPT
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer with U-Net skips, value embeddings, mixed and gated heads, layer replay and MTP."""
+    """Decoder-only transformer: a U-Net of blocks, of which some layers are replayed.
 
-    def __init__(self, config: GPTConfig, attention: str = "sdpa"):
+    The parameters are not initialized: they are compute weights, and come from masters.
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype, attention: str = "sdpa"):
+        """attention: the backend of slowrun.kernels.attend."""
         super().__init__()
-        self.config, self.backend, L, C = config, attention, config.n_layer, config.n_embd
+        self.config = config
+        L, C, padded_vocab = config.n_layer, config.n_embd, config.padded_vocab
         with_ve = [i for i in range(L) if config.has_value_embedding(i)]
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab, C),
-                "h": nn.ModuleList(Block(config, i in with_ve) for i in range(L)),
-            }
-        )
-        self.lm_head = nn.Linear(C, config.padded_vocab, bias=False)
-        self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.empty(L)), nn.Parameter(torch.empty(L))
-        self.skip_weights = nn.Parameter(torch.empty(L // 2)) if config.u_net else None
-        self.ve_projs, self.ve_tables = nn.ModuleDict(), nn.ModuleDict()
-        for i in map(str, with_ve):
-            if config.value_embedding == "projection":
-                self.ve_projs[i] = nn.Linear(C, C, bias=False)
-            else:
-                self.ve_tables[i] = nn.Embedding(config.padded_vocab, C)
+        wte = nn.Embedding(padded_vocab, C)
+        blocks = nn.ModuleList(Block(config, i, attention) for i in range(L))
+        self.transformer = nn.ModuleDict({"wte": wte, "h": blocks})
+        if config.value_embedding == "projection":
+            self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in with_ve})
+        else:
+            self.ve_tables = nn.ModuleDict({str(i): nn.Embedding(padded_vocab, C) for i in with_ve})
         if config.mtp_weight:
             self.mtp_proj = nn.Linear(2 * C, C, bias=False)
-            self.mtp_block = Block(config, value_embedding=False)
-        self._layer, self._mtp_layer = layer, mtp_layer
-        self._cross_entropy, self._head_chunk = cross_entropy, head_chunk
-        self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
+            self.mtp_block = Block(config, L, attention)  # as layer L: a full window, no value embedding
+        self.lm_head = nn.Linear(C, padded_vocab, bias=False)
+        self.to(dtype)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Fill every parameter, drawing from torch's default generator for the parameters' device."""
-        C = self.config.n_embd
-        for name, p in self.named_parameters():
-            kind = "ve" if name.startswith(("ve_projs.", "ve_tables.")) else name.removesuffix(".weight").split(".")[-1]
-            if kind == "wte":
-                p.normal_()
-            elif kind == "lm_head":
-                p.normal_(std=0.001)
-            elif kind in ("c_q", "c_k", "c_v", "c_gate", "c_fc", "ve", "mtp_proj"):
-                p.uniform_(-math.sqrt(3 / C), math.sqrt(3 / C))
-            elif kind == "c_proj" and self.config.proj_init == "normal":
-                p.normal_(std=1 / math.sqrt(C))
-            elif kind in ("ve_gate", "attn_gate", "c_proj"):
-                p.zero_()
-            elif kind in ("q_mix", "k_mix", "v_mix"):
-                p.copy_(torch.eye(p.size(0)))
-            else:
-                p.fill_({"resid_lambdas": 1.0, "x0_lambdas": 0.1, "skip_weights": 1.0}[kind])
+        # Scalars, rotary angles and logits stay in float32, because bfloat16 is too coarse for them.
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.resid_lambdas = nn.Parameter(torch.empty(L, dtype=self.wide))
+        self.x0_lambdas = nn.Parameter(torch.empty(L, dtype=self.wide))
+        if config.u_net:
+            self.skip_weights = nn.Parameter(torch.empty(L // 2, dtype=self.wide))
+        cos, sin = rotary_tables(config, self.wide)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
-    _taught_head_chunk = staticmethod(taught_head_chunk)
+        self.run_layer = run_layer
+        self.run_mtp_layer = run_mtp_layer
+        self.head_chunk = head_chunk
+        self.taught_head_chunk = taught_head_chunk
+        self.cross_entropy = cross_entropy
 
     def compile_layers(self) -> None:
-        """Compile per layer: layers of a kind share one graph, and gradients become available during backward."""
-        functions = (layer, mtp_layer, cross_entropy, head_chunk, taught_head_chunk)
-        self._layer, self._mtp_layer, self._cross_entropy, self._head_chunk, self._taught_head_chunk = (
-            torch.compile(function, dynamic=False, fullgraph=True) for function in functions
-        )
+        """Compile layer by layer: gradients become available during the backward pass, and the graphs are few."""
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+        self.run_layer = compiled(run_layer)
+        self.run_mtp_layer = compiled(run_mtp_layer)
+        self.head_chunk = compiled(head_chunk)
+        self.taught_head_chunk = compiled(taught_head_chunk)
+        self.cross_entropy = compiled(cross_entropy)
 
-    def sources(self) -> dict[str, dict[str, list[tuple[nn.Parameter, nn.Parameter | None]]]]:
-        """What every compute weight is made of, by unit; see Block.sources."""
-        io = {name: [(p, None)] for name, p in self.named_parameters(recurse=False)}
-        io |= {"wte": [(self.transformer.wte.weight, None)], "lm_head": [(self.lm_head.weight, None)]}
-        io |= {f"ve_proj.{i}": [(projection.weight, None)] for i, projection in self.ve_projs.items()}
-        io |= {f"ve_table.{i}": [(table.weight, None)] for i, table in self.ve_tables.items()}
-        units = {"io": io} | {f"h.{i}": h.sources() for i, h in enumerate(self.transformer.h)}
-        if self.config.mtp_weight:
-            io["mtp_proj"] = [(self.mtp_proj.weight, None)]
-            units["mtp_block"] = self.mtp_block.sources()
-        return units
+    def value_embeddings(self, tokens: Tensor, x0: Tensor) -> dict[int, Tensor]:
+        """What some layers add to their values, by layer: each (B, T, C). A replayed layer uses its own again."""
+        if self.config.value_embedding == "projection":
+            return {int(i): project(x0) for i, project in self.ve_projs.items()}
+        return {int(i): table(tokens) for i, table in self.ve_tables.items()}
 
-    def weights(self) -> Weights:
-        """Compute weights made on the fly: in the masters' dtype, differentiable with respect to them."""
-        return {
-            unit: {name: torch.cat([mix_heads(*part) for part in parts]) for name, parts in weights.items()}
-            for unit, weights in self.sources().items()
-        }
+    def forward(self, tokens: Tensor, replay: bool, dropped: Collection[int] = ()) -> Tensor:
+        """tokens (B, T) int64 -> final stream (B, T, C), normed.
 
-    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        """The tables for `length` positions, made once per device and dtype."""
-        where, config = (self.x0_lambdas.device, self.x0_lambdas.dtype), self.config
-        if where not in self._rotary:
-            self._rotary[where] = rotary_tables(config.sequence_len, config.n_embd // config.n_head, *where)
-        cos, sin = self._rotary[where]
-        return cos[:length], sin[:length]
-
-    def _settings(self, window: int) -> dict:
-        settings = {"window": window, "exclusive": self.config.exclusive, "backend": self.backend}
-        return settings | {"n_head": self.config.n_head, "dropout_p": self.config.dropout if self.training else 0.0}
-
-    def trunk(self, w: Weights, tokens: Tensor, replay: bool = False, dropped: list[bool] | None = None) -> Tensor:
-        """tokens (B, T) int64 -> final normed stream (B, T, C). dropped: a flag per layer call, see draw_dropped."""
-        config, io, E = self.config, w["io"], self.config.n_layer // 2
-        x = x0 = norm(F.embedding(tokens, io["wte"]))
-        rotary = self.rotary(tokens.size(1))
-        resid, from_x0 = io["resid_lambdas"].unbind(), io["x0_lambdas"].unbind()
-        skips = io["skip_weights"].unbind() if config.u_net else ()
-        encoded: list[Tensor] = []
-        ve: dict[int, Tensor] = {}  # value embeddings, which a replayed layer shares with its first run
-        for call, i in enumerate(config.layer_order(replay)):
-            if config.has_value_embedding(i) and i not in ve:
-                ve[i] = value_embedding(io, i, tokens, x0)
-            skip, skip_weight = (encoded[config.n_layer - 1 - i], skips[i - E]) if skips and i >= E else (None, None)
-            lambdas, is_dropped = (skip_weight, resid[i], from_x0[i]), dropped is not None and dropped[call]
-            settings = self._settings(config.window(i))
-            x = self._layer(w[f"h.{i}"], x, x0, skip, lambdas, ve.get(i), rotary, dropped=is_dropped, **settings)
+        replay: whether layers replay_start ... replay_end - 1 run again, with their skips, lambdas and value
+        embeddings. dropped: the calls, counted from 0, whose block is skipped; the skip and the lambdas still apply.
+        """
+        T = tokens.size(1)
+        cos, sin = self.cos[:T], self.sin[:T]
+        x0 = norm(self.transformer.wte(tokens))  # (B, T, C)
+        ve = self.value_embeddings(tokens, x0)
+        resid_lambdas, x0_lambdas = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
+        skip_weights = self.skip_weights.unbind() if self.config.u_net else ()
+        L = self.config.n_layer
+        E = L // 2  # the first E layers are the encoder of the U-Net
+        encoded = []
+        x = x0
+        for call, i in enumerate(self.config.layer_order(replay)):
+            has_skip = self.config.u_net and i >= E
+            skip = encoded[L - 1 - i] if has_skip else None  # a replayed layer reads it again
+            skip_weight = skip_weights[i - E] if has_skip else None
+            block = self.transformer.h[i]
+            mix = skip, skip_weight, resid_lambdas[i], x0_lambdas[i]
+            x = self.run_layer(block, x, x0, *mix, ve.get(i), cos, sin, is_dropped=call in dropped)
             if i < E:
                 encoded.append(x)
         return norm(x)
 
-    def training_loss(
-        self, tokens: Tensor, targets: Tensor, w: Weights | None = None, *, replay=False, dropped=None, teacher=None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean next-token loss plus mtp_weight times that of the token after next (one extra block, arXiv 2412.19437).
+    def token_losses(self, tokens: Tensor, targets: Tensor, replay: bool) -> Tensor:
+        """Next-token cross-entropy: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
+        x = self(tokens, replay)
+        return self.cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size, self.config.logit_cap)
 
-        With a teacher, its compute weights, this has the weight 1 - teach_weight, and the divergence from the teacher's
-        predictions of the next token has the rest (distillation, arXiv 1503.02531).
-        tokens, targets (B, T) int64 -> (this sum, the next-token loss), both () float32 or wider, nats per token.
-        """
-        config, w = self.config, w or self.weights()
-        x, own_share = self.trunk(w, tokens, replay, dropped), 1.0
-        if teacher is None:
-            lm_loss = loss = self.head_loss(w, x, targets)
-        else:
-            own_share = 1.0 - config.teach_weight
-            loss, lm_loss = self.taught_loss(w, x, targets, teacher, self.stream_of(teacher, tokens))
-        if not config.mtp_weight:
-            return loss, lm_loss
-        return loss + own_share * config.mtp_weight * self.mtp_loss(w, x, targets, dropped), lm_loss
-
-    def mtp_loss(self, w: Weights, x: Tensor, targets: Tensor, dropped: list[bool] | None) -> Tensor:
-        """Mean loss on the token after next: final stream x (B, T, C), targets (B, T) -> (), nats per token."""
-        next_embedding = norm(F.embedding(targets[:, :-1], w["io"]["wte"]))
-        z = F.linear(torch.cat([x[:, :-1], next_embedding], dim=-1), w["io"]["mtp_proj"])  # of (B, T - 1, 2 C)
-        is_dropped, settings = dropped is not None and dropped[-1], self._settings(self.config.sequence_len)
-        z = self._mtp_layer(w["mtp_block"], z, self.rotary(z.size(1)), dropped=is_dropped, **settings)
-        return self.head_loss(w, z, targets[:, 1:])
-
-    @torch.no_grad()
-    def stream_of(self, teacher: Weights, tokens: Tensor) -> Tensor:
-        """The final stream (B, T, C) of a teacher: without dropout, with replay as at the end of its cycle."""
-        training = self.training
-        self.eval()
-        x = self.trunk(teacher, tokens, replay=self.config.replay_from < 1)
-        self.train(training)
-        return x
-
-    def taught_loss(self, w: Weights, x: Tensor, targets: Tensor, teacher: Weights, teacher_x: Tensor):
-        """x, teacher_x (B, T, C), targets (B, T) -> (weighted sum of cross-entropy and divergence, cross-entropy)."""
-        c = self.config
-        settings = {"teach_weight": c.teach_weight, "temperature": c.teach_temperature}
-        settings |= {"vocab_size": c.vocab_size, "cap": c.logit_cap}
-        chunk = partial(self._taught_head_chunk, teacher_head=teacher["io"]["lm_head"], **settings)
-        positions = (targets.flatten(), teacher_x.flatten(0, 1))
-        losses = HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, *positions)
-        return tuple(loss / targets.numel() for loss in losses)
-
-    def head_loss(self, w: Weights, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""
-        settings = {"vocab_size": self.config.vocab_size, "cap": self.config.logit_cap}
-        weights = torch.ones(1, dtype=self.x0_lambdas.dtype, device=x.device)
-        chunk = partial(self._head_chunk, weights=weights, **settings)
-        return HeadLoss.apply(x.flatten(0, 1), w["io"]["lm_head"], chunk, targets.reshape(-1, 1))[0] / targets.numel()
-
-    def token_losses(self, tokens: Tensor, targets: Tensor, w: Weights | None = None, **how) -> Tensor:
-        """Next-token cross-entropy, not reduced: tokens, targets (B, T) int64 -> (B, T) float32 or wider, nats."""
-        w = w or self.weights()
-        x = self.trunk(w, tokens, **how)
-        return self._cross_entropy(x, w["io"]["lm_head"], targets, self.config.vocab_size, self.config.logit_cap)
-
-    def log_probs(self, tokens: Tensor, w: Weights | None = None, **how) -> Tensor:
+    def log_probs(self, tokens: Tensor, replay: bool) -> Tensor:
         """tokens (B, T) int64 -> log-probabilities of the next token (B, T, V), float32 or wider."""
-        w = w or self.weights()
-        x = self.trunk(w, tokens, **how)
-        return capped_logits(x, w["io"]["lm_head"], self.config.vocab_size, self.config.logit_cap).log_softmax(-1)
+        logits = self.lm_head(self(tokens, replay))[..., : self.config.vocab_size]
+        return soft_cap(logits, self.config.logit_cap).log_softmax(-1)
+
+    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, as a part of the training loss: x (B, T, C), targets (B, T) -> (), nats per token."""
+        chunk = partial(
+            self.head_chunk,
+            weights=torch.ones(1, dtype=self.wide, device=x.device),
+            vocab_size=self.config.vocab_size,
+            cap=self.config.logit_cap,
+        )
+        loss, _ = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, chunk, targets.reshape(-1, 1))
+        return loss / targets.numel()
+
+    def taught_loss(self, x: Tensor, targets: Tensor, teacher: GPT, teacher_x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean losses of capped_distillation, () each: final streams x, teacher_x (B, T, C), targets (B, T)."""
+        c = self.config
+        chunk = partial(
+            self.taught_head_chunk,
+            teacher_head=teacher.lm_head.weight,
+            teach_weight=c.teach_weight,
+            temperature=c.teach_temperature,
+            vocab_size=c.vocab_size,
+            cap=c.logit_cap,
+        )
+        positions = targets.flatten(), teacher_x.flatten(0, 1)
+        loss, next_token_loss = HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, chunk, *positions)
+        return loss / targets.numel(), next_token_loss / targets.numel()
+
+    def training_loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        replay: bool,
+        dropped: Collection[int] = (),
+        teacher: GPT | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Next-token loss, with or without a teacher, and multi-token prediction by one extra block (arXiv 2412.19437).
+
+        tokens, targets (B, T) int64; replay, dropped: as in forward -> (the weighted loss, the next-token loss), both
+        () in nats per token. At position t < T - 1 the extra block reads the final stream and the embedding of target
+        t, and predicts target t + 1. A teacher, which is in evaluation mode, predicts the next token only.
+        """
+        c = self.config
+        T = tokens.size(1)
+        x = self(tokens, replay, dropped)  # (B, T, C)
+        if teacher is None:
+            own_weight = 1.0
+            loss = next_token_loss = self.head_loss(x, targets)
+        else:
+            own_weight = 1.0 - c.teach_weight  # of what does not depend on the teacher
+            with torch.no_grad():
+                teacher_x = teacher(tokens, replay=c.replay_from < 1)  # as it was at the end of its cycle
+            loss, next_token_loss = self.taught_loss(x, targets, teacher, teacher_x)
+        if not c.mtp_weight:
+            return loss, next_token_loss.detach()
+
+        next_embedding = norm(self.transformer.wte(targets[:, :-1]))  # (B, T - 1, C)
+        z = self.mtp_proj(torch.cat([x[:, :-1], next_embedding], dim=-1))  # (B, T - 1, C)
+        is_dropped = len(c.layer_order(replay)) in dropped  # its call comes after those of the layers
+        z = self.run_mtp_layer(self.mtp_block, z, self.cos[: T - 1], self.sin[: T - 1], is_dropped)
+        mtp_loss = self.head_loss(z, targets[:, 1:])
+        return loss + own_weight * c.mtp_weight * mtp_loss, next_token_loss.detach()
 
 
-def build(config: GPTConfig, device: torch.device, dtype: torch.dtype, **kernels: str) -> GPT:
-    """A model for a device, its parameters not filled yet: float32 or wider, embeddings of the compute dtype."""
-    with torch.device("meta"):
-        model = GPT(config, **kernels).to(torch.promote_types(dtype, torch.float32))
-        for table in (model.transformer.wte, model.ve_tables):
-            table.to(dtype)
-    return model.to_empty(device=device)
+def draw_dropped(config: Config, replay: bool, step: int, micro_step: int) -> set[int]:
+    """Stochastic depth (arXiv 1603.09382): the calls whose block a micro-step skips, on all virtual ranks.
 
-
-# --------------------------------------------------------------- on a machine: precision, attention, operations, memory
-
-
-def choose_attention(wanted: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """A backend of `attend`: varlen where it runs, else sdpa; ValueError if varlen is wanted and does not run."""
-    D = config.n_embd // config.n_head
-    able = has_bfloat16(device) and dtype == torch.bfloat16 and D <= 256 and D % 8 == 0
-    needs = "a GPU of compute capability 8.0, bfloat16, and heads of 8, 16, ... 256 channels"
-    require(able or wanted != "varlen", f"--attention varlen needs {needs}")
-    return wanted if wanted != "auto" else "varlen" if able else "sdpa"
-
-
-def attention_error(config: GPTConfig, device: torch.device, backend: str) -> float:
-    """Largest error of a backend in bfloat16, of its output and gradients on random q, k, v in the model's windows.
-
-    The reference is sdpa in float32; an error is relative to the largest value.
+    The block of layer i is skipped with probability stochastic_depth * i / (L - 1), drawn anew for every call; the MTP
+    block counts as layer L.
     """
-    generator, worst = torch.Generator(device).manual_seed(0), 0.0
-    shape = (4, 2, config.sequence_len, config.n_head, config.n_embd // config.n_head)
-    *qkv, weight = torch.randn(shape, generator=generator, device=device).bfloat16()
-    for window in {config.window(i) for i in range(config.n_layer)}:
-        results = []
-        for name, dtype in ((backend, torch.bfloat16), ("sdpa", torch.float32)):
-            inputs = [t.to(dtype).requires_grad_() for t in qkv]
-            output = attend(*inputs, window, name)
-            results.append([output, *torch.autograd.grad(output, inputs, weight.to(dtype))])
-        for found, expected in zip(*results, strict=True):
-            worst = max(worst, ((found.float() - expected).abs().max() / expected.abs().max()).item())
-    return worst
+    if not config.stochastic_depth:
+        return set()
+    layers = np.array([*config.layer_order(replay), config.n_layer])  # by call; the last is the MTP block
+    probability = config.stochastic_depth * layers / (config.n_layer - 1)
+    draws = np.random.default_rng((config.seed, step, micro_step)).random(len(layers))
+    return set(np.flatnonzero(draws < probability).tolist())
 
 
-KERNELS = {"attention": ("sdpa", "varlen", 0.05, attention_error)}
-
-
-def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What computes where there is a choice, as keyword arguments of GPT; ValueError if what is wanted does not run."""
-    return {"attention": choose_attention(config.attention, config, device, dtype)}
-
-
-def check_kernels(config: Config, device: torch.device, **kernels: str) -> None:
-    """Compare them with plain operations on random numbers; ValueError if one fails or is wrong on this machine."""
-    for name, kernel in kernels.items():
-        fallback, _, limit, error_of = KERNELS[name]
-        try:
-            error = error_of(config, device, kernel) if kernel != fallback else 0.0
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as failure:
-            raise ValueError(f"{name} {kernel} fails here ({failure}): use --{name} {fallback}") from failure
-        require(error < limit, f"{name} {kernel} is wrong here, by {error:g}: use --{name} {fallback}, and report it")
-
-
-def flops_per_token(config: GPTConfig, replay: bool) -> float:
-    """Floating-point operations of forward and backward per token: matrix products and attention, replays counted."""
-    C, T, order = config.n_embd, config.sequence_len, config.layer_order(replay)
-    per_block = 4 * C * C + config.mlp_elements  # elements of its matrices
-    projections = sum(map(config.has_value_embedding, range(config.n_layer))) * (config.value_embedding == "projection")
-    weights = per_block * len(order) + C * C * projections
-    keys = sum(w - w * w / (2 * T) for w in map(config.window, order))  # that the average position attends to
-    heads = 1
-    if config.mtp_weight:
-        weights, keys, heads = weights + per_block + 2 * C * C, keys + T / 2, 2
-    return 6 * (weights + heads * C * config.padded_vocab) + 12 * C * keys
-
-
-def memory_gib(config: Config, world_size: int, dtype: torch.dtype) -> tuple[int, float, float]:
-    """-> (parameters, GiB of a process for weights, gradients and optimizer, GiB in all).
-
-    The last is an estimate, from what autograd keeps of each layer, and from the logits of a chunk.
-    """
-    with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
-    C, V, total = config.n_embd, config.padded_vocab, sum(sizes.values())
-    positions = config.device_rows * config.sequence_len
-    tables = 2 * V * C + sum(size for name, size in sizes.items() if name.startswith("ve_tables."))
-    # float32: masters and two gradients; AdamW keeps two moments of the tables, Muon one of the rest and a moved copy
-    static = 3 * total + (total + tables) / world_size + (total - tables) * config.meta_gradient
-    taught = 0 < config.teach_after < config.cycles
-    static = 4 * static + dtype.itemsize * total * (1 + taught)
-    per_layer = (13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C
-    layers = len(config.layer_order(replay=config.replay_from < 1))
-    head = min(CHUNK, positions) * V * (2 * dtype.itemsize + 16) * (1 + taught) + V * C * 8  # logits; the gradient
-    return total, static / 2**30, (static + positions * per_layer * layers + head) / 2**30
-
-
-def check_memory(config: Config, world: World) -> float:
-    """Refuse a model that cannot fit, before anything is allocated -> estimated GiB per process."""
-    dtype = compute_dtype(config.dtype, world.device)
-    total, static, needed = memory_gib(config, world.size, dtype)
-    said = f"{total / 1e6:,.0f}M parameters need {static:.0f} GiB per process for weights, gradients and optimizer"
-    if world.cuda:
-        there = total_memory(world.device) / GIB
-        require(static < there, f"{said}, and the GPU has {there:.0f} GiB: use more or larger GPUs, or a smaller model")
-        return needed
-    there = total_memory(world.device) / GIB
-    said += f", about {needed:.0f} GiB with activations, in {str(dtype).removeprefix('torch.')}"
-    said += f"; this machine has {there:.0f} GiB and no GPU in use"
-    on_gpu = memory_gib(config, world.size, torch.bfloat16)[2]
-    instead = f"train it on GPUs of at least {on_gpu:.0f} GiB, or see every technique at toy size with --demo"
-    require(needed * world.size < there, f"{said}: {instead}")
-    require(total < 1e8 or config.device == "cpu", f"{said}: {instead}. It fits, so --device cpu trains it, slowly")
-    return needed
-
-
-def disk_gib(config: Config, dtype: torch.dtype) -> tuple[float, float]:
-    """GiB of (the weights that the readout keeps of an epoch, a checkpoint: weights and optimizer)."""
-    model = build(config, torch.device("meta"), dtype)
-    buckets = build_optimizer(config, model, World(0, 1, torch.device("meta")), dtype, compile=False).buckets
-    member = sum(p.numel() * member_dtype(name, p, dtype).itemsize for name, p in model.named_parameters())
-    tensors = [*model.parameters(), *(part for bucket in buckets for part in bucket.state.values())]
-    return member / 2**30, sum(t.numel() * t.itemsize for t in tensors) / 2**30
-
-
-def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, targets: int) -> str:
-    """Refuse a run that its disk cannot hold; what is in its folder already counts -> what the header says.
-
-    running: chains that are trained at a time. targets: of the fitness set, the validation set and the holdout.
-    """
-    member, checkpoint = disk_gib(config, dtype)
-    snapshots = config.chains * (min(config.keep, config.cycles) or config.cycles)
-    checkpoint += member  # of the teacher
-    running = min(running, config.chains)
-    scores = snapshots * targets * 4 / 2**30
-    needed = snapshots * member + scores + 3 * running * checkpoint
-    there, free = (size / GIB for size in disk_space(folder))
-    needed_gib, there_gib, free_gib, scores_gib, *each = (
-        f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:.3g} GiB"
-        for gib in (needed, there, free, scores, member, checkpoint)
-    )
-    parts = f"{snapshots:,} snapshots, {each[0]} each in {str(dtype)[6:]}, {scores_gib} of their losses, and three "
-    parts += f"checkpoints of {each[1]} for each of the chains that train at a time, {running}"
-    said = f"up to {needed_gib} in {folder} ({parts}); {free_gib} are free"
-    had = f", and {there_gib} of it are there" if there else ""
-    others = "" if there else ", --keep fewer snapshots of a chain, or choose another --runs-dir"
-    require(needed - there < free, f"the run needs {said}{had}: make space{others}")
-    return said
+def flops_per_token(config: Config, replay: bool) -> float:
+    """Floating-point operations of forward and backward per token: matrix products and attention."""
+    C, T, L = config.n_embd, config.sequence_len, config.n_layer
+    layers = config.layer_order(replay)
+    per_block = 4 * C * C + config.mlp_elements
+    projections = sum(config.has_value_embedding(i) for i in range(L)) * (config.value_embedding == "projection")
+    windows = [config.window(i) for i in layers]
+    keys = sum(w - w * w / (2 * T) for w in windows)  # that the average position attends to, over all layers
+    elements = per_block * len(layers) + projections * C * C + C * config.padded_vocab
+    if config.mtp_weight:  # a block with a full window, a projection, and the head again
+        elements += per_block + 2 * C * C + C * config.padded_vocab
+        keys += T / 2
+    return 6 * elements + 12 * C * keys
 
 
 # ======================================================================================================================
@@ -1069,9 +801,47 @@ def check_disk(config: Config, dtype: torch.dtype, folder: Path, running: int, t
 # ======================================================================================================================
 
 
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-POLAR_EXPRESS = (  # coefficients of the five steps
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are updated alike."""
+
+    method: Literal["muon", "adamw"]
+    names: list[str]  # of the masters
+    lr: float  # before the schedule, and before Muon's factor for the shape
+    weight_decay: float  # before the schedule
+    betas: tuple[float, float] | None = None  # AdamW's
+    row_norm: bool = False  # Muon's
+
+    @property
+    def layout(self) -> Literal["stacked", "flat"]:
+        """Muon needs whole matrices; AdamW works on elements."""
+        return "stacked" if self.method == "muon" else "flat"
+
+
+def optimizer_groups(config: Config, names: list[str]) -> list[Group]:
+    """The optimizer table: every master is in exactly one group."""
+    decay = config.weight_decay
+    lr = config.lr_multiplier
+    tables = ["transformer.wte.weight", *(name for name in names if name.startswith("ve_tables."))]
+    scalars = [name for name in ("resid_lambdas", "skip_weights") if name in names]
+    mixes = [name for name in names if name.endswith("_mix")]
+    groups = [
+        Group("adamw", ["lm_head.weight"], lr * config.head_lr, decay, betas=(0.8, 0.95)),
+        # a group each, because AdamW's temporaries are as large as its largest group
+        *(Group("adamw", [name], lr * config.embedding_lr, decay, betas=(0.8, 0.95)) for name in tables),
+        Group("adamw", scalars, lr * config.scalar_lr * 0.01, 0.0, betas=(0.8, 0.95)),
+        Group("adamw", ["x0_lambdas"], lr * config.scalar_lr, 0.0, betas=(0.96, 0.95)),
+        Group("adamw", mixes, config.mix_lr, 0.0, betas=(0.8, 0.95)),
+    ]
+    adamw_names = {name for group in groups for name in group.names}
+    matrices = [name for name in names if name not in adamw_names]
+    groups.append(Group("muon", matrices, lr * config.matrix_lr, decay, row_norm=config.row_norm))
+    assigned = [name for group in groups for name in group.names]
+    assert sorted(assigned) == sorted(names), "every master must be in exactly one group"
+    return groups
+
+
+POLAR_EXPRESS = (  # coefficients (a, b, c) of the five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -1080,275 +850,147 @@ POLAR_EXPRESS = (  # coefficients of the five steps
 )
 
 
-def optimizer_groups(config: Config, names: list[str]) -> list[dict]:
-    """The optimizer table: which method updates which parameters, at which rate (before Muon's shape factor).
-
-    `moved`: the meta-gradient step moves them; `row_norm`: see muon_update.
-    """
-    lr, decay, betas = config.lr_multiplier, config.weight_decay, (0.8, 0.95)
-    mixes = [name for name in names if name.endswith("_mix")]
-    embeddings = ["transformer.wte.weight", *(name for name in names if name.startswith("ve_tables."))]
-    # a group each: what AdamW computes with is as large as its largest group
-    scalars = [name for name in ("resid_lambdas", "skip_weights") if name in names]
-    table = [  # method, parameters, learning rate, weight decay, betas
-        ("adamw", ["lm_head.weight"], config.head_lr * lr, decay, betas),
-        *(("adamw", [name], config.embedding_lr * lr, decay, betas) for name in embeddings),
-        ("adamw", scalars, config.scalar_lr * lr * 0.01, 0.0, betas),
-        ("adamw", ["x0_lambdas"], config.scalar_lr * lr, 0.0, (0.96, 0.95)),
-        ("adamw", mixes, config.mix_lr, 0.0, betas),
-    ]
-    taken = {name for row in table for name in row[1]}
-    table.append(("muon", [name for name in names if name not in taken], config.matrix_lr * lr, decay, ()))
-    groups = [dict(zip(("kind", "params", "lr", "weight_decay", "betas"), row, strict=True)) for row in table]
-    return [group | {"moved": group["kind"] == "muon", "row_norm": config.row_norm} for group in groups]
-
-
 def polar_express(x: Tensor) -> Tensor:
-    """Approximately the orthogonal factor of each matrix (arXiv 2505.16932): (n, rows, cols) -> the same."""
-    tall = x.size(-2) > x.size(-1)
+    """The orthogonal polar factor, approximately, of each matrix (arXiv 2505.16932): (n, rows, cols) -> the same shape.
+
+    The singular values of x must not exceed 1. The smaller of the two Gram matrices is used.
+    """
+    is_tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
-        gram = x.mT @ x if tall else x @ x.mT
+        gram = x.mT @ x if is_tall else x @ x.mT
         polynomial = b * gram + c * (gram @ gram)
-        x = a * x + (x @ polynomial if tall else polynomial @ x)
+        x = a * x + (x @ polynomial if is_tall else polynomial @ x)
     return x
 
 
-def nesterov(grad: Tensor, momentum: Tensor, mu: Tensor) -> Tensor:
-    """Updates the momentum in place -> the direction that looks ahead of it."""
-    momentum.copy_(mu * momentum + (1 - mu) * grad)
-    return (1 - mu) * grad + mu * momentum
+def reduced_dim(x: Tensor) -> int:
+    """The dimension over which NorMuon averages: one value per row if there are at least as many rows as columns."""
+    return -1 if x.size(-2) >= x.size(-1) else -2
 
 
-def orthogonal_step(p, u, second, lr, weight_decay, dtype: torch.dtype) -> None:
-    """Moves p along u, made orthogonal and evened out over rows (or columns); cautious weight decay. In place.
+def muon_update(p, grad, momentum, second_moment, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
+    """One Muon step on n matrices of one shape, in place.
 
-    p, u (n, rows, cols); second (n, rows, 1), (n, 1, cols) if wide; lr, weight_decay (); dtype is that of the
-    orthogonalisation. Variance: NorMuon (arXiv 2510.05491).
+    Nesterov momentum, row normalization (MuonEq-R, arXiv 2603.28254), orthogonalization by Polar Express in `dtype`,
+    variance reduction by NorMuon (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402). p, grad, momentum
+    (n, rows, cols); second_moment (n, rows, 1) or (n, 1, cols); lr, weight_decay, mu () float32 or wider.
     """
-    u = u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    x = polar_express(u.to(dtype)).to(p.dtype)
-    variance = x.square().mean(dim=-1 if x.size(-2) >= x.size(-1) else -2, keepdim=True)
-    second.copy_(0.95 * second + 0.05 * variance)
-    scale = second.clamp_min(1e-10).rsqrt()
-    norms = [v.sum(dim=(-2, -1), keepdim=True).sqrt() for v in (variance, variance * scale * scale)]
-    x = x * (scale * norms[0] / norms[1].clamp_min(1e-10))  # keeps the Frobenius norm
-    p.sub_(lr * x + lr * weight_decay * p * (x * p >= 0))
+    # Nesterov momentum
+    momentum.copy_(mu * momentum + (1 - mu) * grad)
+    update = (1 - mu) * grad + mu * momentum
 
-
-def muon_update(p, grad, momentum, second, lr, weight_decay, mu, dtype: torch.dtype, row_norm: bool) -> None:
-    """A Muon step, in place: see orthogonal_step. row_norm: rows of norm 1 before it, MuonEq-R (arXiv 2603.28254)."""
-    u = nesterov(grad, momentum, mu)
+    # Row normalization: every row gets norm 1
     if row_norm:
-        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    orthogonal_step(p, u, second, lr, weight_decay, dtype)
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+
+    # Orthogonalization. The Frobenius norm bounds the largest singular value; 1.02 allows for rounding.
+    update = update / (1.02 * update.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    update = polar_express(update.to(dtype)).to(p.dtype)
+
+    # Variance reduction: even out the rows (or columns), and keep the Frobenius norm of the update
+    mean_square = update.square().mean(dim=reduced_dim(update), keepdim=True)
+    second_moment.copy_(0.95 * second_moment + 0.05 * mean_square)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    norm_before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
+    norm_after = (mean_square * scale * scale).sum(dim=(-2, -1), keepdim=True).sqrt()
+    update = update * (scale * norm_before / norm_after.clamp_min(1e-10))
+
+    # Cautious decay: only where it does not work against the update
+    rows, cols = p.shape[-2:]
+    lr = lr * math.sqrt(max(1, rows / cols))
+    decays = update * p >= 0
+    p.sub_(lr * update + lr * weight_decay * p * decays)
 
 
-def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, beta1, beta2, step) -> None:
-    """An AdamW step, in place (arXiv 1711.05101): arguments (n,) or (), `step` counted from 1. It decays first."""
+def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, weight_decay, betas: tuple[float, float], t) -> None:
+    """One AdamW step on a flat tensor (n,), in place (arXiv 1711.05101). t () counts steps from 1."""
+    beta1, beta2 = betas
     exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * grad)
     exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * grad.square())
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + 1e-10
-    p.copy_(p.to(grad.dtype) * (1 - lr * weight_decay) - lr * (exp_avg / (1 - beta1**step)) / denominator)
+    corrected_avg = exp_avg / (1 - beta1**t)
+    corrected_avg_sq = exp_avg_sq / (1 - beta2**t)
+    decayed = p.to(grad.dtype) * (1 - lr * weight_decay)
+    p.copy_(decayed - lr * corrected_avg / (corrected_avg_sq.sqrt() + 1e-10))
 
 
-class Bucket:
-    """Parameters with a common buffer of values and one of gradients, of which each process owns an equal part.
-
-    "muon": matrices of one shape, (n, rows, cols), matrix i owned by process i mod world size. "adamw": tensors of one
-    dtype, flattened, (n,). The parameters' data and .grad are views of the buffers, so nothing is stacked or copied for
-    communication. Gradients and state are float32 or wider, whatever the values are.
-    """
-
-    def __init__(self, params: dict[str, torch.nn.Parameter], group: dict, world: World):
-        self.params, self.group, self.kind, self.world, self.probe = params, group, group["kind"], world, None
-        first, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
-        if self.kind == "muon":
-            share, item = math.ceil(len(params) / world.size), first.shape
-            starts, sizes = [i % world.size * share + i // world.size for i in range(len(params))], [1] * len(params)
+def make_shards(config: Config, masters: dict[str, Tensor], world: World) -> Shards:
+    """The masters and their optimizer state: Muon's and AdamW's moments."""
+    shards = Shards(masters, optimizer_groups(config, list(masters)), world)
+    for bucket in shards.buckets:
+        shard = bucket.grad_shard  # of the dtype that state has
+        if bucket.group.method == "muon":
+            shards.add_state(bucket, "momentum", torch.zeros_like(shard))
+            mean_square = shard.mean(dim=reduced_dim(shard), keepdim=True)
+            shards.add_state(bucket, "second_moment", torch.zeros_like(mean_square))
         else:
-            share, item = math.ceil(sum(sizes) / world.size), ()
-            starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.spans = {name: slice(a, a + n) for name, a, n in zip(params, starts, sizes, strict=True)}
-        self.own = slice(world.rank * share, (world.rank + 1) * share)
-        self.values = torch.zeros(share * world.size, *item, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros_like(self.values, dtype=torch.promote_types(first.dtype, torch.float32))
-        for name, p in params.items():
-            self.view(self.values, name).copy_(p.detach())
-            p.grad_dtype = self.grads.dtype
-        self.use(self.values, self.grads)
-        own = self.grads[self.own]
-        if self.kind == "muon":
-            second = own.mean(-1 if item[0] >= item[1] else -2, keepdim=True)
-            self.state = {"momentum": torch.zeros_like(own), "second": torch.zeros_like(second)}
-            self.lr = group["lr"] * math.sqrt(max(1, item[0] / item[1]))
-        else:
-            self.state = {"exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)}
-            self.lr = group["lr"]
-        self.moments = tuple(self.state.values())
-
-    def view(self, buffer: Tensor, name: str) -> Tensor:
-        """A parameter's part of a buffer, in its shape or that of its state."""
-        part = buffer[self.spans[name]]
-        return part[0] if self.kind == "muon" else part.view(self.params[name].shape)
-
-    def use(self, values: Tensor, grads: Tensor) -> None:
-        """Let the parameters' data and gradients be views of these buffers."""
-        for name, p in self.params.items():
-            p.data, p.grad = self.view(values, name), self.view(grads, name)
-
-    def whole(self, part: Tensor) -> Tensor:
-        """The parts of all processes together; collective."""
-        buffer = part.new_empty(part.size(0) * self.world.size, *part.shape[1:])
-        if self.world.size > 1:
-            all_gather(buffer, part, group=self.world.group)
-        return buffer if self.world.size > 1 else part
+            shards.add_state(bucket, "exp_avg", torch.zeros_like(shard))
+            shards.add_state(bucket, "exp_avg_sq", torch.zeros_like(shard))
+    return shards
 
 
-class MuonAdamW:
-    """Muon for matrices, AdamW for tables and scalars, with the state sharded over the processes.
+class Optimizer:
+    """Muon and AdamW on sharded masters."""
 
-    As in ZeRO-2 (arXiv 1910.02054), every process holds all weights and gradients but the optimizer state of its part
-    alone. A step sums the gradients of all buckets onto their owners, clips them by their common norm, then updates the
-    own part of each bucket in turn and starts to gather the result, which overlaps with the other updates.
-    """
-
-    max_norm = 0.0  # of the gradient of all parameters (0: it is not clipped)
-
-    def __init__(self, model: GPT, groups: list[dict], world: World, dtype: torch.dtype, compile: bool = False):
-        params = dict(model.named_parameters())
-        assert sorted(n for g in groups for n in g["params"]) == sorted(params), "each parameter must be in one group"
-        self.buckets: list[Bucket] = []
-        for group in groups:  # a bucket for each group of AdamW, for each shape of Muon
-            shapes = sorted({params[name].shape if group["kind"] == "muon" else () for name in group["params"]})
-            for shape in shapes:
-                names = [name for name in group["params"] if shape in (params[name].shape, ())]
-                self.buckets.append(Bucket({name: params[name] for name in names}, group, world))
-        self.buckets.sort(key=lambda bucket: -bucket.values.numel())
-        self.moved = [bucket for bucket in self.buckets if bucket.group["moved"]]
-        self.world, self.dtype, self.steps = world, dtype, 0
-        self.muon_update = torch.compile(muon_update, dynamic=False) if compile else muon_update
+    def __init__(self, shards: Shards, clip: float, muon_dtype: torch.dtype, compiled: bool):
+        """clip: largest norm of the gradient; 0 for no clipping. muon_dtype: of the orthogonalization."""
+        self.shards = shards
+        self.clip = clip
+        self.muon_dtype = muon_dtype
+        self.muon_update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, mu: float, alone: bool = False) -> None:
-        """Update the parameters from their gradients, and clear these. lr and weight_decay multiply the table's.
+    def step(self, values: Scheduled) -> None:
+        """Update the masters from shards.grads.
 
-        `alone`: without communication, to compile it.
+        ZeRO-2 (arXiv 1910.02054): a process receives the summed gradients of its shard, updates that shard, and gathers
+        the others' masters. Clipping needs all gradients before the first update.
         """
-        self.steps += 1
-        dtype = self.buckets[0].grads.dtype
-        lr, decay, mu, step = (torch.tensor(value, dtype=dtype) for value in (lr, weight_decay, mu, self.steps))
-        parts, sums, gathers = [bucket.grads[bucket.own] for bucket in self.buckets], [], []
-        if self.world.size > 1 and not alone:
-            parts = [torch.empty_like(part) for part in parts]
-            for part, bucket in zip(parts, self.buckets, strict=True):
-                sums.append(reduce_scatter(part, bucket.grads, group=self.world.group, async_op=True))
-        for work in sums:
-            work.wait()
-        if self.max_norm:  # as torch.nn.utils.clip_grad_norm_ does
-            squares = torch.stack([part.square().sum() for part in parts]).sum()
-            if sums:
-                dist.all_reduce(squares, group=self.world.group)
-            scale = (self.max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-            for part in parts:
-                part.mul_(scale)
-        for i, bucket in enumerate(self.buckets):
-            own, rates = bucket.values[bucket.own], (bucket.lr * lr, bucket.group["weight_decay"] * decay)
-            if bucket.kind == "muon":
-                self.muon_update(own, parts[i], *bucket.moments, *rates, mu, self.dtype, bucket.group["row_norm"])
-            else:
-                adamw_update(own, parts[i], *bucket.moments, *rates, *bucket.group["betas"], step)
-            if sums:
-                gathers.append(all_gather(bucket.values, own, group=self.world.group, async_op=True))
-        for gather in gathers:
-            gather.wait()
-        self.zero_grad()
+        reduced = list(self.shards.reduce())
+        if self.clip:
+            self.clip_gradients([grad for _, grad in reduced])
+        for bucket, grad in reduced:
+            self.update(bucket, grad, values)
+            self.shards.gather(bucket)
+        self.shards.wait()
 
-    def zero_grad(self) -> None:
-        for bucket in self.buckets:
-            bucket.grads.zero_()
+    def clip_gradients(self, grads: list[Tensor]) -> None:
+        """Scale the gradients, in place, to a norm over all parameters of at most `clip`. Collective.
 
-    def broadcast_values(self) -> None:
-        """Give all processes the parameters of the main one; collective."""
-        for bucket in self.buckets:
-            self.world.broadcast(bucket.values)
+        grads: this process's shards. The same as torch.nn.utils.clip_grad_norm_ on all parameters.
+        """
+        squares = torch.stack([grad.square().sum() for grad in grads]).sum()
+        self.shards.world.all_reduce(squares)
+        scale = (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale)
 
-    def state_dict(self) -> dict:
-        """The whole state by parameter, on the CPU, whatever the number of processes; collective, empty but in main."""
-        state: dict[str, dict[str, Tensor]] = {}
-        for bucket in self.buckets:
-            for key, part in bucket.state.items():
-                whole = bucket.whole(part)
-                for name in bucket.params if self.world.is_main else ():
-                    state.setdefault(name, {})[key] = bucket.view(whole, name).to("cpu", copy=True)
-        return {"steps": self.steps, "state": state} if self.world.is_main else {}
+    @torch.no_grad()
+    def update(self, bucket: Bucket, grad: Tensor, values: Scheduled) -> None:
+        """Update this process's shard of a bucket.
 
-    def load_state_dict(self, saved: dict) -> None:
-        """Take up a state_dict of the main process, written by any number of processes; collective."""
-        self.steps = self.world.on_main(lambda: saved["steps"])
-        for bucket in self.buckets:
-            for key, part in bucket.state.items():
-                whole = part.new_zeros(part.size(0) * self.world.size, *part.shape[1:])
-                for name in bucket.params if self.world.is_main else ():
-                    bucket.view(whole, name).copy_(saved["state"][name][key])
-                self.world.broadcast(whole)
-                part.copy_(whole[bucket.own])
-
-
-def build_optimizer(config: Config, model: GPT, world: World, dtype: torch.dtype, compile: bool) -> MuonAdamW:
-    """The optimizer of a model whose compute dtype is dtype. Muon orthogonalises in bfloat16 on a GPU that has it."""
-    groups = optimizer_groups(config, [name for name, _ in model.named_parameters()])
-    in_bfloat16 = world.cuda and dtype == torch.bfloat16
-    wide = torch.promote_types(dtype, torch.float32)
-    optimizer = MuonAdamW(model, groups, world, dtype if in_bfloat16 else wide, compile)
-    optimizer.max_norm = config.clip
-    return optimizer
-
-
-@torch.no_grad()
-def update_weights(optimizer: MuonAdamW, plan: Plan, step: int) -> None:
-    """The end of an optimizer step."""
-    values = schedule(plan, step)
-    optimizer.step(values["lr"], values["weight_decay"], values["momentum"])
-
-
-@torch.no_grad()
-def add_gradient(weights: ComputeWeights, optimizer: MuonAdamW, halves: list, eta: float) -> None:
-    """Add the gradient of a virtual rank to the parameters' .grad, with or without the meta-gradient step.
-
-    halves: two functions that run forward and backward over half of its micro-steps each, into the gradients of
-    `weights`; or one that does all of it. For the second half the matrices of the groups marked `moved` are moved by
-    eta down the first half's gradient (one norm over all of them). The moved point is made from the float32 masters and
-    rounded once; the masters are never written to.
-    """
-
-    def run(half) -> None:
-        weights.refresh()
-        with torch.enable_grad():
-            half()
-        weights.pull_back()
-
-    if len(halves) == 1:
-        return run(halves[0])
-    for bucket in optimizer.moved:
-        bucket.probe = torch.zeros_like(bucket.grads) if bucket.probe is None else bucket.probe.zero_()
-        bucket.use(bucket.values, bucket.probe)
-    run(halves[0])
-    length = torch.stack([bucket.probe.norm() for bucket in optimizer.moved]).norm().clamp_min(1e-30)
-    for bucket in optimizer.moved:
-        bucket.grads.add_(bucket.probe)
-        bucket.use(bucket.probe.mul_(-eta / length).add_(bucket.values), bucket.grads)
-    run(halves[1])
-    for bucket in optimizer.moved:
-        bucket.use(bucket.values, bucket.grads)
+        lr, decay, mu and t are 0-d CPU tensors, because a compiled update compiles again for every new Python number.
+        """
+        group = bucket.group
+        state = bucket.state
+        scalar = partial(torch.tensor, dtype=grad.dtype)
+        lr = scalar(group.lr * values.lr)
+        decay = scalar(group.weight_decay * values.weight_decay)
+        if group.method == "muon":
+            mu = scalar(values.momentum)
+            moments = state["momentum"], state["second_moment"]
+            self.muon_update(bucket.shard, grad, *moments, lr, decay, mu, self.muon_dtype, group.row_norm)
+        else:
+            t = scalar(values.updates)
+            adamw_update(bucket.shard, grad, state["exp_avg"], state["exp_avg_sq"], lr, decay, group.betas, t)
 
 
 # ======================================================================================================================
-# Schedules: pure functions of the config and of the step, or the position in a cycle
+# Schedules: pure functions of the config and of the position in a cycle, from 0 to 1, or of the cycle, from 0
 # ======================================================================================================================
 
 
 def lr_multiplier(config: Config, position: float) -> float:
-    """1, then falling linearly to lr_low over the last part of a cycle; position in the cycle, from 0 to 1."""
+    """1, then linear down to lr_low over the last `warmdown` of a cycle."""
     fallen = max(0.0, position - (1 - config.warmdown)) / config.warmdown if config.warmdown else 0.0
     return 1.0 - (1.0 - config.lr_low) * fallen
 
@@ -1359,139 +1001,82 @@ def weight_decay_multiplier(config: Config, position: float) -> float:
     return config.decay_low + (1.0 - config.decay_low) * fallen
 
 
+def batch_tokens(config: Config, cycle: int) -> int:
+    """Tokens per optimizer step: larger in the middle half of the cycles, which a single cycle belongs to."""
+    last = config.cycles - 1
+    is_in_the_middle = 2 * (last - abs(2 * cycle - last)) >= last
+    return config.batch_tokens if is_in_the_middle else config.outer_batch_tokens
+
+
 def perturbation_scale(config: Config, cycle: int) -> float:
-    """Of the noise after a cycle, counted from 0: half a cosine from perturb_first to perturb_last."""
+    """Of the noise after a cycle: half a cosine from perturb_first to perturb_last."""
     last = config.cycles - 2  # the last cycle that another follows
-    part = cycle / last if last else 0.0
-    return config.perturb_last + (config.perturb_first - config.perturb_last) * (1 + math.cos(math.pi * part)) / 2
+    position = cycle / last if last else 0.0
+    return config.perturb_last + (config.perturb_first - config.perturb_last) * (1 + math.cos(math.pi * position)) / 2
+
+
+def is_taught(config: Config, cycle: int) -> bool:
+    """Whether the snapshot before a cycle teaches it."""
+    return 0 < config.teach_after <= cycle < config.cycles
+
+
+def replays(config: Config, position: float) -> bool:
+    """Whether layers are replayed."""
+    return config.replay_from <= position and config.replay_from < 1
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What follows for a chain from the config and the number of training sequences of T + 1 tokens."""
+class ChainPlan(StepPlan):
+    """What the steps of a chain complete. A cycle ends where an optimizer step ends, an epoch may end within one."""
 
-    config: Config
-    num_sequences: int
+    cycle: np.ndarray  # (N + 1,) int64, cycles completed before step s
 
-    def __post_init__(self):
-        c = self.config
-        needed = max(c.batch_tokens, c.outer_batch_tokens) // c.sequence_len
-        require(
-            self.epoch_micro_steps * VIRTUAL_RANKS * c.micro_batch >= needed,
-            f"the training data makes {self.num_sequences} sequences of {c.sequence_len} + 1 tokens, an optimizer step "
-            f"needs {needed}: use more data, or lower --batch-tokens and --outer-batch-tokens or --sequence-len",
-        )
+    def cycle_ended(self, step: int) -> int:
+        """The cycle that the step before this one completed, counted from 1; 0 if it completed none."""
+        ended = step > 0 and self.cycle[step] > self.cycle[step - 1]
+        return int(self.cycle[step]) if ended else 0
 
-    @property
-    def epoch_micro_steps(self) -> int:
-        """Micro-steps in an epoch; what does not fill one, of all virtual ranks, is left out."""
-        return self.num_sequences // (VIRTUAL_RANKS * self.config.micro_batch)
-
-    def batch_tokens(self, cycle: int) -> int:
-        """Tokens of a step of a cycle: batch_tokens in the middle half of the cycles, where a single one is."""
-        last = self.config.cycles - 1
-        in_the_middle = 2 * (last - abs(2 * cycle - last)) >= last
-        return self.config.batch_tokens if in_the_middle else self.config.outer_batch_tokens
-
-    def cycle_steps(self, cycle: int) -> int:
-        """Optimizer steps of a cycle."""
-        c = self.config
-        epochs = c.first_cycle_epochs if cycle == 0 and c.first_cycle_epochs else c.cycle_epochs
-        epoch_tokens = self.epoch_micro_steps * VIRTUAL_RANKS * c.micro_batch * c.sequence_len
-        return max(1, round(epochs * epoch_tokens / self.batch_tokens(cycle)))
-
-    @cached_property
-    def first_steps(self) -> list[int]:
-        """The step with which each cycle begins, and the number of steps of the chain."""
-        return [0, *accumulate(map(self.cycle_steps, range(self.config.cycles)))]
-
-    @cached_property
-    def first_micro_steps(self) -> list[int]:
-        """As first_steps, in micro-steps."""
-        c = self.config
-        group = VIRTUAL_RANKS * c.micro_batch * c.sequence_len
-        return [0, *accumulate(self.cycle_steps(i) * self.batch_tokens(i) // group for i in range(c.cycles))]
-
-    @property
-    def num_steps(self) -> int:
-        return self.first_steps[-1]
-
-    def cycle(self, step: int) -> int:
-        """The cycle, from 0, that an optimizer step is in."""
-        return bisect_right(self.first_steps, step, hi=self.config.cycles) - 1
+    def first_step(self, step: int) -> int:
+        """The first step of the cycle that a step is in."""
+        return int(np.searchsorted(self.cycle, self.cycle[step]))
 
     def position(self, step: int) -> float:
         """Where in its cycle a step is, from 0 to 1."""
-        first, end = self.first_steps[self.cycle(step) :][:2]
+        first = self.first_step(step)
+        end = int(np.searchsorted(self.cycle, self.cycle[step] + 1))
         return (step - first) / (end - first)
 
-    def taught(self, step: int) -> bool:
-        """Whether the last snapshot teaches in this step."""
-        return 0 < self.config.teach_after <= self.cycle(step) and step < self.num_steps
 
-    def first_micro_step(self, step: int) -> int:
-        """Micro-steps, counted over all epochs, that are done after `step` optimizer steps."""
-        cycle, c = self.cycle(step), self.config
-        per_step = self.batch_tokens(cycle) // (VIRTUAL_RANKS * c.micro_batch * c.sequence_len)
-        return self.first_micro_steps[cycle] + (step - self.first_steps[cycle]) * per_step
+@dataclass(frozen=True)
+class Scheduled:
+    """The values of all schedules at a step: what the step uses is what the metrics record."""
 
-    def tokens_done(self, step: int) -> int:
-        """Tokens that are trained on after `step` optimizer steps."""
-        return self.first_micro_step(step) * VIRTUAL_RANKS * self.config.micro_batch * self.config.sequence_len
-
-    def epochs_done(self, step: int) -> int:
-        """Cycles that are done after `step` optimizer steps: they end where on the other tracks epochs do."""
-        return bisect_right(self.first_steps, step) - 1
+    lr: float  # factor on the learning rates of the groups
+    weight_decay: float  # factor on the weight decay of the groups
+    momentum: float  # Muon's
+    meta_step: float  # length of the meta-gradient's step; 0 without it
+    replay: bool  # whether layers are replayed
+    taught: bool  # whether there is a teacher
+    updates: int  # of the optimizer's state with this step, for AdamW's bias correction
+    cycle: int  # counted from 1
 
 
-def stage(plan: Plan, step: int) -> dict:
-    """What switches, as keyword arguments of the model: layer replay."""
-    return {"replay": plan.config.replay_from <= plan.position(step) and plan.config.replay_from < 1}
-
-
-def stage_changes(plan: Plan) -> dict[int, str]:
-    """The steps from which on other things are switched, the first included, and what the stage then is."""
-    said = [", ".join(f"{k} {v}" for k, v in stage(plan, step).items()) for step in range(plan.num_steps)]
-    return {step: text for step, text in enumerate(said) if step == 0 or text != said[step - 1]}
-
-
-def step_flops_per_token(plan: Plan, step: int) -> float:
-    """Floating-point operations of an optimizer step, per token."""
-    return flops_with_teacher(plan.config, stage(plan, step)["replay"], plan.taught(step))
-
-
-@cache  # there are tens of thousands of steps, and four cases
-def flops_with_teacher(config: Config, replay: bool, taught: bool) -> float:
-    """Of a token in training; a teacher makes a forward pass, without the block for the token after next."""
-    teacher = flops_per_token(dataclasses.replace(config, mtp_weight=0.0), replay=config.replay_from < 1) / 3
-    return flops_per_token(config, replay) + teacher * taught
-
-
-def pass_arguments(plan: Plan, step: int, micro_step: int) -> dict:
-    """What else the training loss needs: the layers that stochastic depth drops, whether there is a teacher."""
-    seed = plan.config.seed, step, micro_step
-    return {"dropped": draw_dropped(plan.config, stage(plan, step)["replay"], *seed), "taught": plan.taught(step)}
-
-
-def warm_up_arguments(config: Config, replay: bool) -> list[dict]:
-    """pass_arguments that lead to other graphs: no layer is dropped or all are, without and with a teacher."""
-    dropped = [None, [True] * (len(config.layer_order(replay)) + 1)][: 1 + (config.stochastic_depth > 0)]
-    taught = [False, True][: 1 + (0 < config.teach_after < config.cycles)]
-    return [{"dropped": flags, "taught": flag} for flags in dropped for flag in taught]
-
-
-def schedule(plan: Plan, step: int) -> dict[str, float]:
-    """The values of all schedules at a step."""
-    c, position = plan.config, plan.position(step)
-    lr = lr_multiplier(c, position)
-    return {
-        "lr": lr,
-        "weight_decay": weight_decay_multiplier(c, position),
-        "momentum": 0.95,
-        "meta_step": c.meta_step * lr if c.meta_gradient else 0.0,
-        "epoch": plan.first_micro_step(step) // plan.epoch_micro_steps + 1,
-        "cycle": plan.cycle(step) + 1,
-    }
+def schedule(config: Config, step: int, plan: ChainPlan) -> Scheduled:
+    """All of the above."""
+    cycle = int(plan.cycle[step])
+    position = plan.position(step)
+    lr = lr_multiplier(config, position)
+    state_began = plan.first_step(step) if config.members == "independent" else 0
+    return Scheduled(
+        lr=lr,
+        weight_decay=weight_decay_multiplier(config, position),
+        momentum=0.95,
+        meta_step=config.meta_step * lr if config.meta_gradient else 0.0,
+        replay=replays(config, position),
+        taught=is_taught(config, cycle),
+        updates=step - state_began + 1,
+        cycle=cycle + 1,
+    )
 
 
 # ======================================================================================================================
@@ -1499,127 +1084,343 @@ def schedule(plan: Plan, step: int) -> dict[str, float]:
 # ======================================================================================================================
 
 
+def split_fitness(config: Config, split: Split) -> tuple[Split, Split]:
+    """The training split -> (the fitness set, which is never trained on; the rest).
+
+    The fitness set is the first documents, as many whole ones as have up to fitness_tokens tokens.
+    """
+    ends = np.append(split.doc_starts[1:], len(split.tokens))
+    count = int(np.searchsorted(ends, config.fitness_tokens, side="right"))
+    size = int(ends[count - 1]) if count else 0
+    found = f"the first documents of the training data that have up to {config.fitness_tokens} tokens have {size}"
+    if size <= config.sequence_len:
+        needed = config.sequence_len + 1
+        raise ValueError(f"{found}, a sequence of the fitness set needs {needed}: raise --fitness-tokens")
+    if count == len(ends):
+        raise ValueError(f"{found}, and nothing is left to train on: lower --fitness-tokens")
+    fitness = replace(split, tokens=split.tokens[:size], doc_starts=split.doc_starts[:count])
+    rest = replace(split, tokens=split.tokens[size:], doc_starts=split.doc_starts[count:] - size)
+    return fitness, rest
+
+
 def epoch_sequences(config: Config, split: Split, epoch: int) -> np.ndarray:
-    """The sequences of an epoch of a chain, counted from 1, in the order of training: (n, T + 1) uint16.
+    """The training sequences of an epoch of a chain, counted from 1, in the order of training: (n, T + 1) uint16.
 
     Every epoch, the first included, permutes the documents, from their order in the epoch before. They are cut into
-    sequences, which are permuted in turn. Earlier records have a fixed order, or permute its micro-steps.
+    sequences, which are permuted in turn. Earlier records take the sequences of the file, and permute the micro-steps
+    or nothing.
     """
     length = config.sequence_len + 1
-    first_seed = config.seed * 1009 + 1000  # of epoch 0
+    first_seed = config.seed * 1009 + 1000  # of epoch 0; every chain has its own
     seeds = range(first_seed + 1, first_seed + epoch + 1)
     if config.shuffle == "documents":
         return shuffled_documents(split, length, document_seeds=seeds, sequence_seed=first_seed + epoch + 1000)
     return shuffled_micro_steps(split, length, config.micro_batch, seeds if config.shuffle == "micro_steps" else ())
 
 
-def make_loader(plan: Plan, split: Split, virtual_ranks: range) -> Loader:
-    """The batches of these virtual ranks."""
+def micro_steps_per_epoch(config: Config, split: Split) -> int:
+    """Micro-steps of all virtual ranks in an epoch; the sequences that do not fill one are dropped."""
+    num_sequences = len(split.tokens) // (config.sequence_len + 1)
+    return num_sequences // (VIRTUAL_RANKS * config.micro_batch)
+
+
+def make_plan(config: Config, split: Split) -> ChainPlan:
+    """How many steps each cycle of a chain has, and what they complete. All chains have the same plan."""
+    c = config
+    epoch_tokens = micro_steps_per_epoch(c, split) * c.micro_step_tokens
+    largest = max(c.batch_tokens, c.outer_batch_tokens)
+    if epoch_tokens < largest:
+        raise ValueError(
+            f"the training data makes {len(split.tokens) // (c.sequence_len + 1)} sequences of {c.sequence_len} + 1 "
+            f"tokens, an optimizer step needs {largest // c.sequence_len}: use more data, or lower --batch-tokens and "
+            "--outer-batch-tokens or --sequence-len"
+        )
+    batches, steps = [], []
+    for cycle in range(c.cycles):
+        epochs = c.first_cycle_epochs if cycle == 0 and c.first_cycle_epochs else c.cycle_epochs
+        batches.append(batch_tokens(c, cycle))
+        steps.append(max(1, round(epochs * epoch_tokens / batches[-1])))
+    tokens = np.cumsum([0, *np.repeat(batches, steps)])
+    cycle_of = np.repeat(np.arange(c.cycles + 1), [*steps, 1])
+    plan = ChainPlan(tokens=tokens, epoch=tokens // epoch_tokens, stages={}, cycle=cycle_of)
+
+    kinds = {(replay, taught): make_stage(c, replay, taught) for replay in (False, True) for taught in (False, True)}
+    by_step = [kinds[replays(c, plan.position(s)), is_taught(c, int(cycle_of[s]))] for s in range(plan.num_steps)]
+    return replace(plan, stages=stages_of(by_step))
+
+
+def make_stage(config: Config, replay: bool, taught: bool) -> Stage:
+    """The steps with or without layer replay, with or without a teacher."""
+    layers = len(config.layer_order(replay))
+    heads = 2 if config.mtp_weight else 1
+    without_replay = "_without_replay" if 0 < config.replay_from < 1 and not replay else ""
+    flops = flops_per_token(config, replay)
+    if not taught:
+        return Stage(f"student{without_replay}", flops, layers, layers, heads)
+    teacher_replays = config.replay_from < 1
+    forward_and_backward = flops_per_token(replace(config, mtp_weight=0.0), teacher_replays)
+    teacher_layers = len(config.layer_order(teacher_replays))
+    flops += forward_and_backward / 3  # the teacher only predicts
+    return Stage(f"teacher{without_replay}", flops, layers + teacher_layers, layers, heads + 1)
+
+
+def make_loader(config: Config, split: Split, plan: ChainPlan, world: World) -> Loader:
+    """The batches of this process."""
     return Loader(
-        partial(epoch_sequences, plan.config, split),
-        plan.config.micro_batch,
-        micro_steps_before=np.array([plan.first_micro_step(step) for step in range(plan.num_steps + 1)]),
-        micro_steps_per_epoch=plan.epoch_micro_steps,
-        virtual_ranks=virtual_ranks,
+        make_epoch=partial(epoch_sequences, config, split),
+        micro_batch=config.micro_batch,
+        micro_steps_before=plan.tokens // config.micro_step_tokens,
+        micro_steps_per_epoch=micro_steps_per_epoch(config, split),
+        virtual_ranks=world.virtual_ranks,
     )
 
 
-def make_eval_set(split: Split, config: Config, world: World, lengths: Tensor | None) -> EvalSet:
-    """A split to score, by this world's processes."""
-    return EvalSet(split, config.sequence_len, config.val_sequences, config.eval_batch, world, lengths)
-
-
-def split_fitness(shard: Split, config: Config) -> tuple[Split, Split]:
-    """The training split -> (its first documents, up to fitness_tokens, never trained on; the others)."""
-    ends = np.append(shard.doc_starts[1:], len(shard.tokens))
-    count = int(np.searchsorted(ends, config.fitness_tokens, side="right"))
-    cut, length = int(ends[count - 1]) if count else 0, config.sequence_len + 1
-    said = f"the first documents of the training data that have up to {config.fitness_tokens} tokens have {cut}"
-    require(cut >= length, f"{said}, a sequence of the fitness set needs {length}: raise --fitness-tokens")
-    require(count < len(ends), f"{said}, and nothing is left to train on: lower --fitness-tokens")
-    fitness = dataclasses.replace(shard, tokens=shard.tokens[:cut], doc_starts=shard.doc_starts[:count])
-    return fitness, dataclasses.replace(shard, tokens=shard.tokens[cut:], doc_starts=shard.doc_starts[count:] - cut)
-
-
 # ======================================================================================================================
-# Validation
+# Training step
 # ======================================================================================================================
 
 
-MIXING = "probability"  # how the readout mixes its members: it averages their probabilities
+def moved_names(config: Config, names: list[str]) -> list[str]:
+    """The masters that the meta-gradient moves: all of Muon's matrices."""
+    if not config.meta_gradient:
+        return []
+    return [name for group in optimizer_groups(config, names) if group.method == "muon" for name in group.names]
 
 
-def member_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """In which a member of the readout keeps a parameter: matrices as they compute, lambdas and mixes as they are."""
-    return p.dtype if p.ndim < 2 or name.endswith("_mix") else dtype
+class Training:
+    """What training a chain changes: the masters with their optimizer state, and the models that compute.
 
-
-READOUT_SIZES = (8, 16, 32, 64, 128, 256)  # members of the mixtures that are read out; the largest is the declared one
-
-
-def learn_weights(probabilities: Tensor) -> Tensor:
-    """Weights of members by gradient: probabilities (M, N) float64 of the target at N fitness positions -> (M,).
-
-    They are the softmax of what minimises the mixture's mean nats, in 300 steps of AdamW.
+    All that the next step depends on besides its number is in `shards` and `teacher`, which are what checkpoints hold.
     """
-    alpha = torch.zeros(len(probabilities), dtype=probabilities.dtype, requires_grad=True)
-    optimizer = torch.optim.AdamW([alpha], lr=0.5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    for _ in range(300):
-        loss = -(alpha.softmax(0) @ probabilities).log().mean()
-        (alpha.grad,) = torch.autograd.grad(loss, alpha)
-        torch.nn.utils.clip_grad_norm_([alpha], 1.0)
-        optimizer.step()
-    return alpha.detach().softmax(0)
 
+    def __init__(self, config: Config, world: World, dtype: torch.dtype, kernels: dict[str, str], compiled: bool):
+        self.config = config
+        self.world = world
+        self.dtype = dtype
+        self.shards = make_shards(config, init_masters(config, dtype, world.device), world)
+        self.masters = self.shards.masters
+        self.model = GPT(config, dtype, **kernels).to(world.device)
+        self.teacher: GPT | None = None  # only predicts; the compute weights of the snapshot before this cycle
+        if config.has_teacher:
+            self.teacher = GPT(config, dtype, **kernels).to(world.device).eval().requires_grad_(False)
+        self.teacher_is_loaded = False
+        if compiled:
+            torch._dynamo.config.recompile_limit = 256  # graphs of a function: training, validation, windows, replay
+            self.model.compile_layers()
+            if self.teacher is not None:
+                self.teacher.compile_layers()
+        self.weights = ComputeWeights(self.model, block_names(config), block_weights)
+        in_bfloat16 = world.cuda and dtype == torch.bfloat16
+        self.optimizer = Optimizer(self.shards, config.clip, dtype if in_bfloat16 else self.model.wide, compiled)
+        moved = moved_names(config, list(self.masters))
+        self.first_grads = {name: torch.zeros_like(self.shards.grads[name]) for name in moved}
 
-def weights_by_nats(nats: list[Tensor]) -> Tensor:
-    """learn_weights from each member's losses (n, T) on the fitness set -> (M,)."""
-    return learn_weights(torch.stack([(-n.double().flatten()).exp() for n in nats]))
+    def step(self, step: int, batch: Tensor, values: Scheduled) -> dict[str, Tensor]:
+        """One optimizer step -> this process's part of the losses, () each, which the session sums and reads later.
 
+        batch (virtual ranks, sequences, T + 1) int64, on the CPU.
+        """
+        if self.world.cuda:
+            batch = batch.pin_memory().to(self.world.device, non_blocking=True)
+        losses = torch.zeros(2, dtype=self.model.wide, device=self.world.device)
+        for virtual_rank, sequences in zip(self.world.virtual_ranks, batch, strict=True):
+            losses += self.add_gradient(step, virtual_rank, sequences, values)
+        with torch.profiler.record_function("optimizer"):  # as profiles name it
+            self.optimizer.step(values)
+        self.shards.zero_grads()
+        return {"train_loss": losses[1], "train_loss_with_mtp": losses[0]}
 
-def mixtures(weights: Tensor, sizes: tuple[int, ...] = READOUT_SIZES) -> dict[int, Tensor]:
-    """Weights (M,) of all members -> by K, the weights with the K largest alone, which sum to 1.
+    def add_gradient(self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled) -> Tensor:
+        """Add a virtual rank's part of the mean gradient to shards.grads -> its part of the mean losses (2,).
 
-    K are the sizes below M, or M if none is.
-    """
-    order, found = weights.argsort(descending=True, stable=True), {}
-    for size in [size for size in sizes if size < len(weights)] or [len(weights)]:
-        kept = torch.zeros_like(weights)
-        kept[order[:size]] = weights[order[:size]]
-        found[size] = kept / kept.sum()
-    return found
+        The meta-gradient, which is off in the record, takes the second half's gradient at weights moved down the first
+        half's. A virtual rank does this alone, so the number of processes makes no difference. sequences (n, T + 1)
+        int64.
+        """
+        grads = self.shards.grads
+        weight = 1 / (VIRTUAL_RANKS * (len(sequences) // self.config.micro_batch))  # of the mean loss of a micro-step
+        self.weights.refresh(self.masters)
+        if not self.config.meta_gradient:
+            losses = self.backward(step, virtual_rank, sequences, values, weight)
+            self.weights.pull_back(grads)
+            return losses
+        first, second = sequences.chunk(2)
 
+        # First half, at the weights themselves. The gradient of the matrices that will move is kept apart.
+        losses = self.backward(step, virtual_rank, first, values, weight)
+        torch._foreach_zero_(list(self.first_grads.values()))
+        self.weights.pull_back(grads | self.first_grads)
 
-def load_finished(run_dir: Path, device: torch.device) -> tuple[GPT, ComputeWeights, dict]:
-    """-> (The model of a finished run, not filled; its compute weights, to refresh then; members.json)."""
-    saved = json.loads((run_dir / "config.json").read_text())
-    require(saved["track"] == TRACK, f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
-    config, final = Config(**saved["config"]), json.loads((run_dir / "final" / "members.json").read_text())
-    dtype = compute_dtype(config.dtype, device)
-    model = build(config, device, dtype, attention=choose_attention("auto", config, device, dtype)).eval()
-    return model, ComputeWeights(model, dtype, requires_grad=False), final
-
-
-def load_members(run_dir: str | Path, device: str | torch.device):
-    """The members of a finished run's readout, loaded one at a time: yields (weight, log_probs).
-
-    log_probs maps tokens (B, T) int64 to log-probabilities of the next token (B, T, V) float32, until the next member
-    is loaded (ValueError after that). The weights sum to 1, and members.json says how the members are mixed.
-    """
-    run_dir, device = Path(run_dir), torch.device(device)
-    model, weights, final = load_finished(run_dir, device)
+        # Second half, with those matrices moved. The move is about 1e-5 per element, so it is made from the float32
+        # masters and rounded once; bfloat16 weights would lose it.
+        self.weights.refresh(self.masters | self.move(values.meta_step))
+        first_micro_step = len(first) // self.config.micro_batch
+        losses += self.backward(step, virtual_rank, second, values, weight, first_micro_step)
+        self.weights.pull_back(grads)
+        return losses
 
     @torch.no_grad()
-    def log_probs(member: dict, tokens: Tensor) -> Tensor:
-        require(loaded[-1] is member, "the next member has taken this one's place: use them one at a time")
-        return model.log_probs(tokens.to(device), weights.tensors, **final["stage"]).float()
+    def move(self, length: float) -> dict[str, Tensor]:
+        """Add first_grads to shards.grads -> the masters moved by `length` down them, over all, in their memory."""
+        names, first_grads = list(self.first_grads), list(self.first_grads.values())
+        torch._foreach_add_([self.shards.grads[name] for name in names], first_grads)
+        norm = torch.stack(torch._foreach_norm(first_grads)).norm().clamp_min(1e-30)
+        torch._foreach_mul_(first_grads, -length / norm)
+        torch._foreach_add_(first_grads, [self.masters[name] for name in names])
+        return self.first_grads
 
-    loaded: list[dict] = []
-    for member in final["members"]:
-        model.load_state_dict(read_snapshot(run_dir / "final" / member["file"]))
-        weights.refresh()
-        loaded.append(member)
-        yield member["weight"], partial(log_probs, member)
+    def backward(
+        self,
+        step: int,
+        virtual_rank: int,
+        sequences: Tensor,
+        values: Scheduled,
+        weight: float,
+        first_micro_step: int = 0,
+    ) -> Tensor:
+        """Accumulate the gradient of weight * loss over micro-steps in the model -> the sums of weight * losses (2,).
+
+        sequences (n, T + 1) int64. Dropout is seeded by what is computed, whichever process computes it; stochastic
+        depth is drawn for a micro-step, and the same on all virtual ranks.
+        """
+        c = self.config
+        teacher = self.teacher if values.taught else None
+        totals = torch.zeros(2, dtype=self.model.wide, device=sequences.device)
+        for micro_step, rows in enumerate(sequences.split(c.micro_batch), start=first_micro_step):
+            dropped = draw_dropped(c, values.replay, step, micro_step)
+            for i, micro_batch in enumerate(rows.split(c.pass_sequences)):
+                self.world.seed(seed_of(c.seed, step, virtual_rank, micro_step, i))
+                tokens, targets = micro_batch[:, :-1], micro_batch[:, 1:]
+                loss, next_token_loss = self.model.training_loss(tokens, targets, values.replay, dropped, teacher)
+                part = weight * len(micro_batch) / len(rows)
+                (part * loss).backward()
+                totals += part * torch.stack([loss.detach(), next_token_loss])
+        return totals
+
+    def scorer(self, masters: dict[str, Tensor], replay: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """Load masters into the model -> the function that validation calls: 2 x (B, T) int64 -> (B, T) nats."""
+        self.weights.refresh(masters)
+
+        @torch.no_grad()
+        def token_losses(tokens: Tensor, targets: Tensor) -> Tensor:
+            self.model.eval()
+            losses = self.model.token_losses(tokens, targets, replay)
+            self.model.train()
+            return losses
+
+        return token_losses
+
+    def teach(self, snapshot: dict[str, Tensor]) -> None:
+        """Make a snapshot the teacher."""
+        self.weights.refresh(snapshot)
+        self.teacher.load_state_dict(self.model.state_dict())
+        self.teacher_is_loaded = True
+
+    @torch.no_grad()
+    def perturb(self, scale: float, seed: int) -> None:
+        """Add Gaussian noise to each master of several elements, `scale` times its own standard deviation (unbiased).
+
+        It is drawn on the CPU, so it is the same on all processes and devices.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for master in self.masters.values():
+            if master.numel() > 1:
+                wide = master.to(torch.promote_types(master.dtype, torch.float32))
+                noise = torch.randn(master.shape, generator=generator).to(wide)
+                master.copy_(wide + scale * wide.std() * noise)
+
+    @torch.no_grad()
+    def start_again(self, seed: int) -> None:
+        """Take fresh initial weights, and an optimizer without a past."""
+        torch.manual_seed(seed)
+        for name, initial in init_masters(self.config, self.dtype, self.world.device).items():
+            self.masters[name].copy_(initial)
+        for bucket in self.shards.buckets:
+            self.world.broadcast(bucket.values)
+            for state in bucket.state.values():
+                state.zero_()
+
+    def state_dict(self) -> dict:
+        """The shards, and the teacher if there is one, on the CPU. Collective; {} but on the main process."""
+        shards = self.shards.state_dict()
+        if not self.world.is_main:
+            return {}
+        teacher = self.teacher.state_dict() if self.teacher_is_loaded else {}
+        return {"shards": shards, "teacher": {name: p.cpu() for name, p in teacher.items()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Load a state_dict that the main process has. Collective."""
+        self.shards.load_state_dict(state.get("shards", {}))
+        saved = state.get("teacher", {})
+        self.teacher_is_loaded = self.world.on_main(lambda: bool(saved))
+        for name, p in self.teacher.named_parameters() if self.teacher_is_loaded else ():
+            if self.world.is_main:
+                p.copy_(saved[name])
+            self.world.broadcast(p)
+
+    def warm_up(self, stages: list[Scheduled]) -> None:
+        """Compute once per stage all that the run will compute, at its shapes, on random tokens. Leaves no trace."""
+        if self.teacher is not None:
+            self.teach(self.masters)
+            self.teacher_is_loaded = False
+        with torch.random.fork_rng([self.world.device] if self.world.cuda else []):
+            for main_first in (True, False):  # the main process fills the compiler's cache for the others
+                if self.world.is_main == main_first:
+                    for values in stages:
+                        self.warm_up_stage(values)
+                    for bucket in self.shards.buckets:  # without a gradient and at a learning rate of 0: no change
+                        self.optimizer.update(bucket, bucket.grad_shard, replace(stages[0], lr=0.0))
+                self.world.sum([0])
+        self.optimizer.step(replace(stages[0], lr=0.0))  # connects the processes
+
+    def warm_up_stage(self, values: Scheduled) -> None:
+        """One virtual rank's gradient and one batch of validation, with no block dropped and with all."""
+        c = self.config
+        device = self.world.device
+        micro_steps = 2 if c.meta_gradient else 1
+        sequences = torch.randint(c.vocab_size, (micro_steps * c.micro_batch, c.sequence_len + 1), device=device)
+        self.add_gradient(0, 0, sequences, values)
+        if c.stochastic_depth:
+            calls = range(len(c.layer_order(values.replay)) + 1)
+            teacher = self.teacher if values.taught else None
+            rows = sequences[: c.pass_sequences]
+            loss, _ = self.model.training_loss(rows[:, :-1], rows[:, 1:], values.replay, calls, teacher)
+            loss.backward()
+        self.weights.zero_sums()
+        self.shards.zero_grads()
+        batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
+        self.scorer(self.masters, values.replay)(batch[:, :-1], batch[:, 1:])
+
+
+# ======================================================================================================================
+# Chain
+# ======================================================================================================================
+
+
+def member_weights(masters: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A snapshot of masters: matrices as the model computes with them, lambdas and mixes as they are.
+
+    The heads are not mixed yet.
+    """
+    return {name: p if p.ndim < 2 or name.endswith("_mix") else p.to(dtype) for name, p in masters.items()}
+
+
+def replay_at_the_end(config: Config, plan: ChainPlan) -> bool:
+    """Whether layers are replayed in the last step of a chain, and so in the readout."""
+    return schedule(config, plan.num_steps - 1, plan).replay
+
+
+def chain_name(number: int) -> str:
+    return f"chain_{number:02d}"
+
+
+def chain_folder(run_folder: Path, number: int) -> Path:
+    return run_folder / "chains" / chain_name(number)
+
+
+def snapshot_path(run_folder: Path, member: dict) -> Path:
+    return chain_folder(run_folder, member["chain"]) / "final" / member["file"]
 
 
 def read_snapshot(path: Path) -> dict[str, Tensor]:
@@ -1635,24 +1436,528 @@ def read_nats(path: Path, split: str) -> Tensor:
         return file.get_tensor(f"nats.{split}")
 
 
-def draw_ensemble(folder: Path, members: list[dict], weights: Tensor, losses: dict[int, float]) -> None:
+def read_ledger(folder: Path) -> dict:
+    """What there is of a chain, by ledger.json in its folder: its state, steps, times, and its snapshots with losses.
+
+    state: waiting, training, stopped or finished. layout: the number of groups of processes, the index of the one that
+    trained it, and its processes. ValueError if it is damaged.
+    """
+    path = folder / "ledger.json"
+    empty = {"chain": int(folder.name.removeprefix("chain_")), "state": "waiting", "members": [], "layout": [1, 0, 1]}
+    empty |= dict.fromkeys(("steps", "tokens", "flops", "train_time_s", "process_s", "wall_time_s"), 0)
+    return read_json(path, set(empty), f"delete {folder} to train this chain again") if path.exists() else empty
+
+
+def write_ledger(chain: Session, state: str, earlier: dict) -> str:
+    """Write ledger.json -> why it is not written; empty if it is. Collective.
+
+    earlier: the ledger when this process took up the chain, with the layout of today.
+    """
+    failure = ""
+    if chain.world.is_main:
+        seconds = chain.clock.train_time_s
+        ledger = {
+            "chain": earlier["chain"],
+            "seed": chain.config.seed,
+            "state": state,
+            "steps": chain.step,
+            "train_time_s": seconds,
+            "tokens": int(chain.plan.tokens[chain.step]),
+            "flops": float(chain.plan.flops[chain.step]),
+            "wall_time_s": chain.wall_time_s(),
+            "members": [member for member in chain.member_files.values() if "sha256" in member],
+            "process_s": earlier["process_s"] + (seconds - earlier["train_time_s"]) * chain.world.size,
+            "layout": earlier["layout"],
+        }
+        failure = try_to_write_json(chain.folder.path / "ledger.json", ledger)
+        if failure:
+            chain.log(f"ledger.json is NOT saved: {failure}")
+    return chain.world.on_main(lambda: failure)
+
+
+def train_chain(
+    run: Session, group: World, number: int, splits: dict[str, Split], kernels: list[Kernel], repeats: int
+) -> str:
+    """Train a chain, or go on with it -> finished, stopped (by a signal) or full disk. Collective for the group.
+
+    splits: train, fitness and val. repeats: chains that this group trains one after the other.
+    """
+    c = replace(run.config, seed=run.config.seed + number)
+    plan = run.plan
+    eval_sets = {
+        "fitness": run.eval_set(splits["fitness"], group, max_sequences=len(splits["fitness"].tokens)),
+        "val": run.eval_set(splits["val"], group),
+    }
+    label = f"chain {number}"
+    chain = run.child(f"chains/{chain_name(number)}", number, label, c, group, plan, eval_sets, repeats)
+    earlier = group.on_main(read_ledger, chain.folder.path)
+    earlier["layout"] = [run.world.size // group.size, run.world.rank // group.size, group.size]
+
+    torch.manual_seed(c.seed)
+    train = Training(c, group, run.dtype, run.kernels, run.compiled)
+    loader = make_loader(c, splits["train"], plan, group)
+    errors = check_kernels(kernels)
+    first_steps = {stage: step for step, stage in reversed(plan.stages.items())}
+    train.warm_up([schedule(c, step, plan) for step in first_steps.values()])
+    chain.warmed_up(errors)
+    chain.resume(train)
+    write_ledger(chain, "training", earlier)
+
+    if c.eval_initial and chain.step == 0:
+        chain.validate("initial", train.scorer(train.masters, replays(c, 0.0)))
+    while True:
+        cycle = plan.cycle_ended(chain.step)
+        if cycle:
+            end_cycle(chain, train, number, cycle)
+            write_ledger(chain, "training", earlier)
+        if not chain.may_step():  # the last step is done, or a signal came
+            break
+        if chain.save_is_due:
+            chain.save(train)
+            write_ledger(chain, "training", earlier)
+        if cycle:  # only now, because a checkpoint of this step must not have it
+            begin_cycle(c, train, cycle)
+        batch = loader.batch(chain.step)
+        values = schedule(c, chain.step, plan)
+        chain.did_step(train.step(chain.step, batch, values), asdict(values), batch)
+
+    if chain.interrupted:
+        chain.stopped(train)
+    full_disk = group.sum([len(chain.unsaved)])[0] > 0
+    outcome = "stopped" if chain.interrupted or full_disk else "finished"
+    if write_ledger(chain, outcome, earlier) or full_disk:
+        outcome = "full disk"
+    chain.close()
+    if outcome == "finished" and group.is_main:
+        shutil.rmtree(chain.folder.path / "checkpoints", ignore_errors=True)
+    return outcome
+
+
+def end_cycle(chain: Session, train: Training, number: int, cycle: int) -> None:
+    """Make a snapshot, score it as it will be stored, and keep it; it may teach the next cycle.
+
+    number: of the chain. cycle: counted from 1. What was done before a resume is skipped. A signal ends it early; then
+    the rest is done on the next resume, which begins at this step.
+    """
+    c = chain.config
+    chain.save(train)
+    snapshot = member_weights(train.masters, train.dtype)
+    name = f"{chain_name(number)}_cycle_{cycle:03d}"
+    if name not in chain.members:
+        nats = chain.token_nats(train.scorer(snapshot, schedule(c, chain.step - 1, chain.plan).replay))
+        if nats is None:
+            return
+        fitness_loss = chain.eval_sets["fitness"].score(nats["fitness"]).loss
+        chain.validate(f"cycle_{cycle}", nats, fitness_loss=fitness_loss)
+        score = chain.scores[f"cycle_{cycle}"]
+        losses = {"val_loss": score.loss, "val_bpb": score.bpb, "fitness_loss": fitness_loss}
+        by_target = {}  # of all processes: what selection and readout need of this snapshot
+        for split, eval_set in chain.eval_sets.items():
+            by_target[f"nats.{split}"] = chain.world.gather_rows(nats[split].float(), eval_set.count)
+        chain.keep_member(name, snapshot | by_target, chain=number, cycle=cycle, **losses)
+    if c.keep:
+        drop_lightest_member(chain)
+    if is_taught(c, cycle):
+        train.teach(snapshot)
+    chain.save(train)  # adds the score and the snapshot to the checkpoint
+
+
+def drop_lightest_member(chain: Session) -> None:
+    """If the chain has more snapshots than are kept, drop the one of least weight in it, but not the newest."""
+
+    def lightest() -> str:
+        nats = []
+        for name, member in chain.member_files.items():
+            waiting = chain.unsaved.get(name)
+            path = chain.folder.path / "final" / member["file"]
+            nats.append(waiting["nats.fitness"] if waiting else read_nats(path, "fitness"))
+        return chain.members[int(weights_of_nats(nats)[:-1].argmin())]
+
+    if len(chain.members) > chain.config.keep:
+        chain.drop_member(chain.world.on_main(lightest))
+
+
+def begin_cycle(config: Config, train: Training, cycle: int) -> None:
+    """What follows a cycle, counted from 1: noise, or for independent members other weights."""
+    seed = seed_of(config.seed, cycle)
+    if config.members == "snapshots":
+        train.perturb(perturbation_scale(config, cycle - 1), seed)
+    else:
+        train.start_again(seed)
+
+
+def unfinished_chains(run: Session) -> list[int]:
+    """The numbers of the chains to train, by what is in the run folder. ValueError if a checkpoint is damaged.
+
+    It is found here, before the chains before it are trained, which may take days.
+    """
+    run_folder, c = run.folder.path, run.config
+    stop_mark(run_folder).unlink(missing_ok=True)  # of an earlier attempt
+    shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)  # chains have their own
+    numbers = []
+    for number in range(c.chains):
+        folder = chain_folder(run_folder, number)
+        if read_ledger(folder)["state"] == "finished":
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            continue
+        numbers.append(number)
+        newest = max((folder / "checkpoints").glob("step_*.json"), default=None)
+        if newest is None:
+            continue
+        advice = f"delete it to resume chain {number} from before it"
+        sha256 = read_json(newest, {"sha256"}, advice)["sha256"]
+        tensors = newest.with_suffix(".pt")
+        if not tensors.exists() or sha256_file(tensors) != sha256:
+            raise ValueError(f"{newest} is damaged, or what it tells of: {advice}")
+    return [] if c.select_only else numbers
+
+
+def stop_mark(run_folder: Path) -> Path:
+    """A file that a group of processes leaves for the others when it stops."""
+    return run_folder / "stopped"
+
+
+def look_around(run_folder: Path, num_chains: int) -> tuple[list[int], bool]:
+    """(The chains that are not finished, whether a group of processes has stopped), by what is on the disk."""
+    waiting = []
+    for number in range(num_chains):
+        try:
+            is_finished = read_ledger(chain_folder(run_folder, number))["state"] == "finished"
+        except (OSError, ValueError):  # of a network disk, for a moment: the next look will tell
+            is_finished = False
+        if not is_finished:
+            waiting.append(number)
+    return waiting, stop_mark(run_folder).exists()
+
+
+def wait_for_other_groups(run: Session, group: World) -> bool:
+    """Wait until all chains are finished; False if this group or another one is asked to stop.
+
+    Groups meet on the disk, because a collective operation would time out within days of waiting.
+    """
+    is_announced = False
+    while True:
+        waiting, has_stopped = group.on_main(look_around, run.folder.path, run.config.chains)
+        if has_stopped or group.any([run.stop_requested])[0]:
+            return False
+        if not waiting:
+            return True
+        if not is_announced:
+            run.log(f"waiting for chains {waiting}")
+        is_announced = True
+        time.sleep(0.5)
+
+
+# ======================================================================================================================
+# Selection: weights of members by their losses on the fitness set
+# ======================================================================================================================
+
+MIXTURE_SIZES = (8, 16, 32, 64, 128, 256)  # members of the mixtures that are read out; the largest is the declared one
+
+
+def learn_weights(probabilities: Tensor) -> Tensor:
+    """Weights of members by gradient descent: probabilities (M, N) float64 of N fitness targets -> (M,).
+
+    They are the softmax of what minimizes the mixture's mean nats, after 300 steps of AdamW from equal weights.
+    """
+    alpha = torch.zeros(len(probabilities), dtype=probabilities.dtype, requires_grad=True)
+    optimizer = torch.optim.AdamW([alpha], lr=0.5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    for _ in range(300):
+        loss = -(alpha.softmax(0) @ probabilities).log().mean()
+        (alpha.grad,) = torch.autograd.grad(loss, alpha)
+        torch.nn.utils.clip_grad_norm_([alpha], 1.0)
+        optimizer.step()
+    return alpha.detach().softmax(0)
+
+
+def weights_of_nats(nats: list[Tensor]) -> Tensor:
+    """learn_weights from the losses (n, T) of each member on the fitness set -> (M,)."""
+    return learn_weights(torch.stack([(-member.double().flatten()).exp() for member in nats]))
+
+
+def mixtures(weights: Tensor, sizes: tuple[int, ...] = MIXTURE_SIZES) -> dict[int, Tensor]:
+    """Weights (M,) of all members -> by size K, those in which only the K largest are not 0; they sum to 1.
+
+    K are the sizes below M, or M if none is.
+    """
+    order = weights.argsort(descending=True, stable=True)
+    found = {}
+    for size in [size for size in sizes if size < len(weights)] or [len(weights)]:
+        kept = torch.zeros_like(weights)
+        kept[order[:size]] = weights[order[:size]]
+        found[size] = kept / kept.sum()
+    return found
+
+
+def find_candidates(run: Session) -> list[dict]:
+    """The members that are on the disk and sound, by chain and cycle; the others are left out. Collective."""
+    c, world, run_folder = run.config, run.world, run.folder.path
+    members = []
+    for number in range(c.chains):
+        of_chain = read_ledger(chain_folder(run_folder, number))["members"]
+        members += [member for member in of_chain if not (c.leave_out_first and member["cycle"] == 1)]
+    sound = [0.0] * len(members)
+    for i in range(world.rank, len(members), world.size):  # hashes of a terabyte: each process takes its part
+        path = snapshot_path(run_folder, members[i])
+        sound[i] = float(path.exists() and sha256_file(path) == members[i]["sha256"])
+    candidates = []
+    for member, is_sound in zip(members, world.sum(sound), strict=True):
+        if is_sound:
+            candidates.append(member)
+        else:
+            run.log(f"WARNING: {snapshot_path(run_folder, member)} is missing or damaged: it is left out")
+    return candidates
+
+
+def weigh(run: Session, candidates: list[dict]) -> tuple[list[float], dict[int, list[float]]]:
+    """On the main process -> (weights of all candidates; those of the mixtures, by the number of their members).
+
+    ValueError if there is no candidate.
+    """
+    M = len(candidates)
+    if not M:
+        raise ValueError(f"{run.folder.path} has no snapshot to read out: train it on, with --resume")
+    if run.config.selection == "uniform":
+        equal = [1 / M] * M
+        return equal, {M: equal}
+    nats = [read_nats(snapshot_path(run.folder.path, member), "fitness") for member in candidates]
+    weights = weights_of_nats(nats)
+    return weights.tolist(), {size: kept.tolist() for size, kept in mixtures(weights).items()}
+
+
+# ======================================================================================================================
+# Readout
+# ======================================================================================================================
+
+
+@dataclass
+class Ensemble:
+    """What the readout found. Scores and losses are on the main process."""
+
+    candidates: list[dict]
+    weights: list[float]  # of all candidates
+    members: list[dict]  # of the declared mixture, each with its weight
+    scores: dict[str, Score]  # of the declared mixture, by split
+    readouts: dict[str, float]  # validation losses by name
+    mixture_losses: dict[int, float]  # validation losses of the mixtures, by the number of members
+
+
+def is_stopping(run: Session) -> bool:
+    """Whether a signal came to this process, or another process has stopped."""
+    return run.stop_requested or stop_mark(run.folder.path).exists()
+
+
+def make_scorer(run: Session) -> GPT:
+    """A model to load members into."""
+    model = GPT(run.config, run.dtype, **run.kernels).to(run.world.device).eval().requires_grad_(False)
+    if run.compiled:
+        model.compile_layers()
+    return model
+
+
+def load_snapshot(model: GPT, path: Path) -> None:
+    """Load a member into a model."""
+    device = model.lm_head.weight.device
+    masters = {name: p.to(device) for name, p in read_snapshot(path).items()}
+    model.load_state_dict(compute_weights(masters, block_names(model.config), block_weights))
+
+
+@torch.no_grad()
+def score_members(run: Session, members: list[dict], split: str) -> list[Path] | None:
+    """Losses of members on a split, in scores/, made where they are not there yet -> their paths; None if stopped.
+
+    Each member is loaded once, by one process, which scores all sequences.
+    """
+    world, folder = run.world, run.folder.path / "scores"
+    folder.mkdir(exist_ok=True)
+    replay = replay_at_the_end(run.config, run.plan)
+    paths = [folder / f"{split}_{member['sha256'][:16]}_{member['file']}" for member in members]
+    mine = list(zip(paths, members, strict=True))[world.rank :: world.size]
+    missing = [(path, member) for path, member in mine if not path.exists()]
+    if missing:
+        model = make_scorer(run)
+        eval_set = run.eval_set(run.splits[split], World(0, 1, world.device))
+    for path, member in missing:
+        if is_stopping(run):
+            break
+        load_snapshot(model, snapshot_path(run.folder.path, member))
+        nats = eval_set.nats(partial(model.token_losses, replay=replay)).float()
+        write_atomically(path, partial(save_file, {f"nats.{split}": nats}))
+        run.log(f"{split}: {sum(path.exists() for path in paths)} of {len(paths)} members scored")
+    while not all(path.exists() for path in paths) and not is_stopping(run):
+        time.sleep(0.2)
+    return None if world.any([is_stopping(run)])[0] else paths
+
+
+def mix_from_disk(paths: list[Path], split: str, mixtures: list[list[float]]) -> list[Tensor]:
+    """Nats (n, T) float64 of mixtures of the probabilities in these files, each of which is read once."""
+    sums: list[Tensor] = []
+    for path, weights in zip(paths, zip(*mixtures, strict=True), strict=True):
+        probabilities = (-read_nats(path, split).double()).exp()
+        sums = sums or [torch.zeros_like(probabilities) for _ in mixtures]
+        for total, weight in zip(sums, weights, strict=True):
+            total.add_(probabilities, alpha=weight)
+    return [-total.log() for total in sums]
+
+
+def mix_logits(run: Session, members: list[dict], split: str) -> Score | None:
+    """Score of the average of the members' capped logits on a split; None if a signal came. Collective.
+
+    The average needs the whole distribution, so sequences are spread over the processes, and for each batch of them the
+    members are loaded one by one: slower than averaging probabilities.
+    """
+    model = make_scorer(run)
+    replay = replay_at_the_end(run.config, run.plan)
+    eval_set = run.eval_set(run.splits[split], run.world)
+
+    @torch.no_grad()
+    def token_losses(tokens: Tensor, targets: Tensor) -> Tensor:
+        total = 0.0
+        for member in members:
+            load_snapshot(model, snapshot_path(run.folder.path, member))
+            log_probs = model.log_probs(tokens, replay)  # logits but for a constant, which the softmax takes away
+            total = total + member["weight"] * log_probs
+        return -total.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+    nats = eval_set.nats(token_losses, interrupted=lambda: run.world.any([is_stopping(run)])[0])
+    return None if nats is None else eval_set.score(nats)
+
+
+def read_out(run: Session, is_declared: bool) -> Ensemble | None:
+    """Weigh the members, and score their mixture on the validation set and the holdout; None if stopped. Collective.
+
+    The declared readout averages the probabilities of the members of the largest mixture. Recorded beside it: the
+    smaller mixtures, equal weights for all, and the best member. Only a declared readout of all chains looks at the
+    holdout.
+    """
+    world, run_folder = run.world, run.folder.path
+    candidates = find_candidates(run)
+    weights, by_size = world.on_main(weigh, run, candidates)
+    largest = by_size[max(by_size)]
+    members = [member | {"weight": w} for member, w in zip(candidates, largest, strict=True) if w > 0]
+    waiting, _ = world.on_main(look_around, run_folder, run.config.chains)
+    has_holdout = "holdout" in run.splits and is_declared and not waiting
+    splits = ["val", "holdout"] if has_holdout else ["val"]
+    ensemble = Ensemble(candidates, weights, members, scores={}, readouts={}, mixture_losses={})
+    best_member = min(member["val_loss"] for member in candidates)
+
+    if run.config.average == "logit":
+        for split in splits:
+            ensemble.scores[split] = mix_logits(run, members, split)
+            if ensemble.scores[split] is None:
+                return None
+        ensemble.readouts = {"logit_average": ensemble.scores["val"].loss, "best_member": best_member}
+        return ensemble
+
+    holdout_paths = score_members(run, members, "holdout") if has_holdout else []
+    if holdout_paths is None or world.any([is_stopping(run)])[0]:
+        return None
+    if world.is_main:  # snapshots have their losses on the validation set
+        alone = World(0, 1, world.device)
+        equal = [1 / len(candidates)] * len(candidates)
+        paths = [snapshot_path(run_folder, member) for member in candidates]
+        eval_set = run.eval_set(run.splits["val"], alone)
+        scores = [eval_set.score(nats) for nats in mix_from_disk(paths, "val", [*by_size.values(), equal])]
+        *of_mixtures, equal_score = scores
+        ensemble.scores["val"] = of_mixtures[list(by_size).index(max(by_size))]
+        ensemble.mixture_losses = {size: score.loss for size, score in zip(by_size, of_mixtures, strict=True)}
+        for size, loss in ensemble.mixture_losses.items():
+            ensemble.readouts[f"mixture_of_{size}"] = loss
+        ensemble.readouts |= {"equal_weights": equal_score.loss, "best_member": best_member}
+        if has_holdout:
+            (nats,) = mix_from_disk(holdout_paths, "holdout", [[member["weight"] for member in members]])
+            ensemble.scores["holdout"] = run.eval_set(run.splits["holdout"], alone).score(nats)
+    return ensemble
+
+
+def sum_up_chains(run: Session) -> dict:
+    """What result.json says of the training of all chains, by their ledgers."""
+    ledgers = [read_ledger(chain_folder(run.folder.path, number)) for number in range(run.config.chains)]
+    groups: dict[tuple[int, int], list[dict]] = {}  # by number of groups, and index of the group
+    for ledger in ledgers:
+        count, index, _ = ledger["layout"]
+        groups.setdefault((count, index), []).append(ledger)
+    longest = {}
+    for key in ("train_time_s", "wall_time_s"):  # groups work side by side: of each number of groups, the longest
+        sums = {where: sum(ledger[key] for ledger in of_group) for where, of_group in groups.items()}
+        counts = {count for count, _ in sums}
+        longest[key] = sum(max(s for (count, _), s in sums.items() if count == n) for n in counts)
+    total = {k: sum(ledger[k] for ledger in ledgers) for k in ("steps", "tokens", "flops", "process_s")}
+    peak = peak_flops(run.world.device)
+    is_finished = all(ledger["state"] == "finished" for ledger in ledgers)
+    return longest | {
+        "status": "finished" if is_finished else "partial",
+        "stopped_by": "steps" if is_finished else "select_only",
+        "steps": total["steps"],
+        "tokens": total["tokens"],
+        "process_hours": total["process_s"] / 3600,
+        "tokens_per_s": total["tokens"] / max(longest["train_time_s"], 1e-9),
+        "mfu": total["flops"] / total["process_s"] / peak if peak and total["process_s"] else None,
+        "world_size": max(ledger["layout"][0] * ledger["layout"][2] for ledger in ledgers),
+        "groups": max(ledger["layout"][0] for ledger in ledgers),
+    }
+
+
+def make_result(run: Session, ensemble: Ensemble, is_declared: bool, epoch_tokens: int, readout_s: float) -> dict:
+    """The content of result.json."""
+    c = run.config
+    chains = sum_up_chains(run)
+    result = chains | {
+        "readouts": ensemble.readouts,
+        "chains": c.chains,
+        "cycles": c.cycles,
+        "candidates": len(ensemble.candidates),
+        "chosen": len(ensemble.members),
+        "selection": c.selection,
+        "mixing": c.average,
+        "leave_out_first": c.leave_out_first,
+        "epochs": chains["tokens"] / epoch_tokens,
+        "members": [{"file": member["file"], "weight": member["weight"]} for member in ensemble.members],
+        "wall_time_s": chains["wall_time_s"] + readout_s,
+        "time_cap_min": 0.0,
+        "as_declared": is_declared,
+    }
+    hashes = {member["file"]: member["sha256"] for member in ensemble.members}
+    return run.complete_result(result, ensemble.scores["val"], ensemble.scores.get("holdout"), hashes)
+
+
+def save_final(run: Session, ensemble: Ensemble) -> str:
+    """Link the members into final/, with members.json -> why it failed; empty if it did not."""
+    run_folder = run.folder.path
+    final = run_folder / "final"
+    try:
+        for path in final.iterdir():
+            path.unlink()
+        for member in ensemble.members:
+            source = snapshot_path(run_folder, member)
+            try:
+                os.link(source, final / member["file"])  # takes no space
+            except OSError:  # a disk without such links
+                (final / member["file"]).symlink_to(os.path.relpath(source, final))
+    except OSError as error:
+        return str(error)
+    stage = {"replay": replay_at_the_end(run.config, run.plan)}
+    content = {"mixing": run.config.average, "stage": stage, "members": ensemble.members}
+    return try_to_write_json(final / "members.json", content)
+
+
+def draw_ensemble(run: Session, ensemble: Ensemble, losses: dict[int, float]) -> None:
     """curve.png: the members' validation losses and weights by cycle, the mixture's loss by the number of members."""
     from matplotlib.figure import Figure  # takes a second to import
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 4), layout="constrained")
-    figure.suptitle(folder.name)
+    figure.suptitle(run.folder.path.name)
     left, middle, right = figure.subplots(1, 3)
-    chains = sorted({member["chain"] for member in members})
+    chains = sorted({member["chain"] for member in ensemble.candidates})
     for k, chain in enumerate(chains):
-        own = [i for i, member in enumerate(members) if member["chain"] == chain]
-        cycles = [members[i]["cycle"] for i in own]
-        left.plot(
-            cycles, [members[i]["val_loss"] for i in own], "o-", markersize=3, linewidth=1, label=f"chain {chain}"
-        )
-        beside = [cycle + 0.4 * (k - (len(chains) - 1) / 2) / len(chains) for cycle in cycles]  # not upon each other
-        middle.plot(beside, weights[own].tolist(), "o", markersize=3)
-    left.axhline([*losses.values()][-1], linestyle="--", linewidth=1, color="gray", label="the mixture")
+        indices = [i for i, member in enumerate(ensemble.candidates) if member["chain"] == chain]
+        cycles = [ensemble.candidates[i]["cycle"] for i in indices]
+        val_losses = [ensemble.candidates[i]["val_loss"] for i in indices]
+        left.plot(cycles, val_losses, "o-", markersize=3, linewidth=1, label=f"chain {chain}")
+        shift = 0.4 * (k - (len(chains) - 1) / 2) / len(chains)  # so that points do not hide each other
+        middle.plot([cycle + shift for cycle in cycles], [ensemble.weights[i] for i in indices], "o", markersize=3)
+    left.axhline(list(losses.values())[-1], linestyle="--", linewidth=1, color="gray", label="the mixture")
     left.set(xlabel="cycle", ylabel="validation loss, nats per token", title="members")
     left.legend(fontsize=8)
     middle.set(xlabel="cycle", ylabel="weight", title="weights of the members", ylim=(0, None))
@@ -1665,1118 +1970,217 @@ def draw_ensemble(folder: Path, members: list[dict], weights: Tensor, losses: di
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    write_atomically(folder / "curve.png", partial(figure.savefig, format="png", dpi=120))
+    write_atomically(run.folder.path / "curve.png", partial(figure.savefig, format="png", dpi=120))
 
 
-# ======================================================================================================================
-# Train
-# ======================================================================================================================
+def publish(run: Session, ensemble: Ensemble, is_declared: bool, epoch_tokens: int, readout_s: float) -> str:
+    """Write final/, curve.png, the mixtures' losses and the result, on the main process -> why it failed, or empty.
 
-
-class Trainer:
-    """A training run: its state, and its phases warm_up, resume and fit. What follows is finish."""
-
-    def __init__(self, config: Config, world: World, run: RunFolder, plan: Plan, splits: dict[str, Split], lengths):
-        self.config, self.world, self.run, self.plan, self.splits = config, world, run, plan, splits
-        self.dtype = compute_dtype(config.dtype, world.device)
-        self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
-        self.kernels = choose_kernels(config, world.device, self.dtype)
-        self.model = build(config, world.device, self.dtype, **self.kernels)
-        torch.manual_seed(config.seed)
-        self.model.init_weights()
-        if self.compiled:
-            torch._dynamo.config.recompile_limit = 256  # graphs of a function: training, validation, windows, replay
-            self.model.compile_layers()
-        self.num_parameters = sum(p.numel() for p in self.model.parameters())
-        self.optimizer = build_optimizer(config, self.model, world, self.dtype, self.compiled)
-        self.optimizer.broadcast_values()
-        self.weights = ComputeWeights(self.model, self.dtype)
-        self.loader = make_loader(plan, splits["train"], world.virtual_ranks)
-        self.eval_sets = {
-            name: EvalSet(split, config.sequence_len, config.val_sequences, config.eval_batch, world, lengths)
-            for name, split in splits.items()
-            if name in ("val", "holdout")
-        }
-        costs = [step_flops_per_token(plan, step) for step in range(plan.num_steps)]
-        self.tokens = np.array([plan.tokens_done(step) for step in range(plan.num_steps + 1)])  # before a step
-        self.flops = np.cumsum([0.0, *(costs * np.diff(self.tokens))])  # of all steps before a step
-        self.stages = stage_changes(plan)
-        self.clock, self.started, self.earlier_wall_s = Clock(), time.monotonic(), 0.0  # started: of this process
-        self.step, self.stopped_by, self.signal, self.signal_at = 0, "", "", 0.0
-        self.readouts: dict[str, float] = {}  # validation losses by name
-        self.members: list[dict] = []  # weights kept for the readout: file, epoch, step
-        self.unsaved: dict[str, dict[str, Tensor]] = {}  # those not on the disk yet, by file
-        self.pending: deque = deque()  # steps under way: (step, function that waits for its losses)
-        self.unprinted_s: list[float] = []  # durations of the steps since the last printed line
-        self.last_checkpoint, self.checkpoint_due, self.checkpoint_failure = time.monotonic(), False, ""
-
-    # ------------------------------------------------------------------------------------------------ an optimizer step
-
-    def pieces(self, micro_steps: Tensor) -> list[tuple[int, Tensor]]:
-        """(k, b, T + 1) of a virtual rank -> (micro-step, sequences); the meta-gradient halves a single micro-step."""
-        if self.config.halves_batches:
-            return [(0, half) for half in micro_steps[0].chunk(2)]
-        return list(enumerate(micro_steps))
-
-    def backward(self, rows: Tensor, share: float, **how) -> Tensor:
-        """Forward and backward of sequences (B, T + 1), weighted -> weighted (loss, next-token loss), (2,)."""
-        tokens, targets = rows[:, :-1], rows[:, 1:]
-        losses = self.model.training_loss(tokens, targets, self.weights.tensors, **how)
-        (losses[0] * share).backward()
-        return torch.stack(losses).detach() * share
-
-    def run_pieces(self, step: int, v: int, pieces: list, share: float, totals: Tensor) -> None:
-        """Accumulate gradients and losses of pieces of virtual rank v. Dropout is seeded by what they are."""
-        c = self.config
-        for index, (micro_step, rows) in pieces:
-            how = stage(self.plan, step) | pass_arguments(self.plan, step, micro_step)
-            for i, chunk in enumerate(rows.split(c.device_rows)):
-                self.world.seed(seed_of(c.seed, step, v, index, i))
-                totals += self.backward(chunk, share * len(chunk) / len(rows), **how)
-
-    def train_step(self, step: int):
-        """Enqueue an optimizer step -> a function that waits for it and returns this process' share of the losses."""
-        eta, batch = schedule(self.plan, step)["meta_step"], self.loader.batch(step)
-        if self.world.cuda:
-            batch = batch.pin_memory().to(self.world.device, non_blocking=True)
-        batch = batch.unflatten(1, (-1, self.config.micro_batch))  # (virtual ranks, micro-steps, micro-batch, T + 1)
-        totals = torch.zeros(2, dtype=self.model.x0_lambdas.dtype, device=self.world.device)
-        for v, micro_steps in zip(self.world.virtual_ranks, batch, strict=True):
-            pieces = list(enumerate(self.pieces(micro_steps)))
-            middle = len(pieces) // 2
-            halves = [pieces[:middle], pieces[middle:]] if self.config.meta_gradient else [pieces]
-            run = partial(self.run_pieces, step, v, share=1 / (VIRTUAL_RANKS * len(pieces)), totals=totals)
-            add_gradient(self.weights, self.optimizer, [partial(run, half) for half in halves], eta)
-        update_weights(self.optimizer, self.plan, step)
-        if not self.world.cuda:
-            return totals.tolist
-        host, event = torch.empty_like(totals, device="cpu", pin_memory=True), torch.cuda.Event()
-        host.copy_(totals, non_blocking=True)
-        event.record()
-        return lambda: (event.synchronize(), host.tolist())[1]
-
-    def token_losses(self, tokens: Tensor, targets: Tensor, **how) -> Tensor:
-        """What validation scores: 2 x (B, T) -> (B, T)."""
-        self.model.eval()
-        with torch.no_grad():
-            losses = self.model.token_losses(tokens, targets, self.weights.tensors, **how)
-        self.model.train()
-        return losses
-
-    def warm_up(self) -> None:
-        """Check the kernels; run every graph that the run will need, on random tokens; leave no trace of it."""
-        c, device = self.config, self.world.device
-        check_kernels(c, device, **self.kernels)
-        stages = {str(how): how for how in (stage(self.plan, step) for step in range(self.plan.num_steps))}
-        with torch.random.fork_rng([device] if self.world.cuda else []):
-            for main_turn in (True, False):  # the main process goes first and fills the compiler's cache
-                for how in stages.values() if self.world.is_main == main_turn else ():
-                    shape = (c.micro_steps, c.micro_batch, c.sequence_len + 1)  # graphs depend on shapes and strides
-                    rows = self.pieces(torch.randint(c.vocab_size, shape, device=device))[0][1]
-                    for arguments in warm_up_arguments(c, **how):
-                        run = partial(self.backward, rows[: c.device_rows], 1.0, **how, **arguments)
-                        add_gradient(self.weights, self.optimizer, [run] * (1 + c.meta_gradient), 0.0)
-                    batch = torch.randint(c.vocab_size, (c.eval_batch, c.sequence_len + 1), device=device)
-                    self.token_losses(batch[:, :-1], batch[:, 1:], **how)
-                self.optimizer.zero_grad()
-                if self.world.is_main == main_turn:
-                    self.optimizer.step(0.0, 0.0, 0.95, alone=True)  # no gradient and no rate: it changes nothing
-                self.world.sum([0])
-        self.optimizer.step(0.0, 0.0, 0.95)  # connects the processes
-        self.optimizer.steps = 0
-
-    # --------------------------------------------------------------------------------------------------- training loop
-
-    def fit(self) -> None:
-        """Train until the last step, the time cap or a signal; `stopped_by` says which."""
-        keep = 1 if self.world.cuda else 0  # losses are read one step late, so that the GPU never waits
-        projection_at = self.step + 10
-        if self.any_signal():
-            self.stopped_by = self.stopped_by or "signal"
-        if self.step == 0 and self.config.eval_initial and not self.stopped_by:
-            self.validate("initial")
-        self.clock.start()
-        while self.step < self.plan.num_steps and not self.stopped_by:
-            self.pending.append((self.step, self.train_step(self.step)))
-            self.step += 1
-            self.settle(keep)
-            if self.step == projection_at:
-                self.print_projection()
-            epoch_ends = self.plan.epochs_done(self.step) > self.plan.epochs_done(self.step - 1)
-            self.agree()
-            if epoch_ends or self.checkpoint_due or self.stopped_by:
-                self.settle(0)
-                self.clock.stop()
-                if epoch_ends or self.stopped_by == "time_cap":
-                    self.end_epoch(complete=epoch_ends)
-                self.save_checkpoint()
-                if self.stopped_by == "signal":
-                    self.run.draw_curve(self.stages)
-                self.clock.start()
-        self.clock.stop()
-        self.stopped_by = self.stopped_by or "steps"
-
-    def take_signal(self, number: int, frame) -> None:
-        """Stop after the step under way.
-
-        A second signal soon after is the same stop, from a scheduler and from torchrun; a later one ends the process.
-        """
-        now = time.monotonic()
-        if self.signal and now - self.signal_at > 5:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        elif not self.signal:
-            self.signal, self.signal_at = signal.Signals(number).name, now
-
-    def any_signal(self) -> bool:
-        """Whether a process got one; collective."""
-        return self.world.sum([bool(self.signal)])[0] > 0
-
-    def settle(self, keep: int) -> None:
-        """Wait for all steps but the newest `keep`, and record them."""
-        while len(self.pending) > keep:
-            step, losses = self.pending.popleft()
-            local = losses()
-            dt_s = self.clock.lap()
-            loss, lm_loss = self.world.sum(local)
-            self.record_step(step, dt_s, loss, lm_loss)
-            if not math.isfinite(loss):
-                self.fail("training", loss, step)
-
-    def agree(self) -> None:
-        """Before each step, all processes decide together whether to stop, or to write a checkpoint after it."""
-        c, over_cap = self.config, False
-        if self.step < self.plan.num_steps:
-            over_cap = self.clock.next_step_exceeds(60 * c.time_cap_min, steps_in_flight=len(self.pending))
-        due = time.monotonic() - self.last_checkpoint >= 60 * c.checkpoint_min
-        over_cap, stop, due = self.world.sum([over_cap, bool(self.signal), due])
-        self.checkpoint_due = bool(due)
-        if not self.stopped_by:
-            self.stopped_by = "time_cap" if over_cap else "signal" if stop else ""
-
-    def record_step(self, step: int, dt_s: float, loss: float, lm_loss: float) -> None:
-        """A line of metrics.jsonl, the progress bar, and every log_every steps a printed line."""
-        c, N, done = self.config, self.plan.num_steps, step + 1
-        values = {
-            "step": done,
-            "epoch": self.plan.epochs_done(step) + 1,
-            "dt_s": dt_s,
-            "tokens": int(self.tokens[done]),
-        }
-        values |= {"train_loss": lm_loss, "train_loss_with_mtp": loss}
-        values |= schedule(self.plan, step) | stage(self.plan, step)
-        self.run.record(values, to_wandb=done % c.log_every == 0)
-        if step in self.stages and step > 0:
-            self.run.log(f"from step {done} on: {self.stages[step]}")
-        self.unprinted_s.append(dt_s)
-        step_s = statistics.mean(self.unprinted_s)
-        tokens_per_s = (self.tokens[done] - self.tokens[step]) / step_s
-        parts = [f"train {lm_loss:.4f}", f"lr {values['lr']:.2f}", f"{tokens_per_s / 1e3:.1f}k tok/s"]
-        if peak := peak_flops(self.world.device):
-            used = (self.flops[done] - self.flops[step]) / step_s / self.world.size
-            parts.append(f"{100 * used / peak:.1f}% mfu")
-        parts += [f"{step_s:.2f} s/step", f"eta {duration(self.remaining_s(done, step_s))}"]
-        printed = done % c.log_every == 0 or done == N
-        self.run.progress(done, N, parts, printed)
-        if printed:
-            self.unprinted_s = []
-
-    def remaining_s(self, step: int, step_s: float) -> float:
-        """Projected time of the steps from `step` on, at the rate of operations of steps that take `step_s`."""
-        last, ahead = self.flops[step] - self.flops[step - 1], self.flops[-1] - self.flops[step]
-        return step_s * ahead / last
-
-    def print_projection(self) -> None:
-        left_s = self.remaining_s(self.step, self.clock.step_s)
-        cap, total_min = self.config.time_cap_min, (self.clock.train_time_s + left_s) / 60
-        self.run.log(f"projected training time {total_min:.1f} min, cap {f'{cap:g} min' if cap else 'lifted'}")
-        if 0 < cap < total_min:
-            self.run.log("WARNING: training will stop early, at the cap; --time-cap-min 0 lifts it (not eligible then)")
-
-    def end_epoch(self, complete: bool) -> None:
-        """Validate, and keep the weights that the readout needs. A run that the cap stops ends its epoch early."""
-        epoch = self.plan.epochs_done(self.step) + (not complete)
-        self.validate(f"epoch_{epoch}" if complete else f"epoch_{epoch}_cut_short")
-        last = epoch > self.config.num_epochs - self.config.kept_epochs
-        if last or (self.stopped_by == "time_cap" and self.config.kept_epochs):
-            self.keep_member(f"epoch_{epoch:02d}.safetensors", epoch)
-
-    def keep_member(self, file: str, epoch: int) -> None:
-        """Keep the weights as they are for the readout; save_members writes them to the disk."""
-        self.members.append({"file": file, "epoch": epoch, "step": self.step})
-        if self.world.is_main:
-            tensors = self.unsaved[file] = {}
-            for name, p in self.model.named_parameters():
-                tensors[name] = p.detach().to("cpu", member_dtype(name, p, self.dtype), copy=True)
-
-    def validate(self, name: str) -> None:
-        """Score the model as it was trained in the epoch just finished."""
-        self.weights.refresh()
-        how, val = stage(self.plan, max(0, self.step - 1)), self.eval_sets["val"]
-        score = val.score(val.nats(partial(self.token_losses, **how)))
-        if not math.isfinite(score.loss):
-            self.fail("validation", score.loss, max(0, self.step - 1))
-        if self.step:
-            self.readouts[name] = score.loss
-        values = {"step": self.step, "epoch": self.plan.epochs_done(self.step)} | how
-        self.run.record(values | {"val_loss": score.loss, "val_bpb": score.bpb})
-        bpb = f" | {score.bpb:.4f} bits per byte" if score.bpb else ""
-        self.run.log(f"{name} | step {self.step}/{self.plan.num_steps} | val {score.loss:.4f}{bpb}")
-        self.run.draw_curve(self.stages)
-
-    # ----------------------------------------------------------------------------------------------------- checkpoints
-
-    def save_checkpoint(self) -> None:
-        """Write all that the run needs to go on from here. A failure is said, and does not end the run."""
-        started, tensors = time.monotonic(), training_state(self)
-        if self.world.is_main:
-            info = {"step": self.step, "train_time_s": self.clock.train_time_s, "wall_time_s": self.wall_time_s()}
-            info |= {"readouts": self.readouts, "members": self.members, "recent_s": [*self.clock.recent_s]}
-            info["stopped_by"] = self.stopped_by if self.stopped_by == "time_cap" else ""
-            failure = self.save_members() or self.run.save_checkpoint(tensors, info)
-            said = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
-            self.run.log(f"checkpoint at step {self.step} {said}, in {time.monotonic() - started:.1f} s")
-        self.checkpoint_failure = self.world.on_main(lambda: failure)
-        self.last_checkpoint, self.checkpoint_due = time.monotonic(), False
-
-    def save_members(self) -> str:
-        """Write the readout's weights that are only in memory -> why they could not be written, empty if they were."""
-        for file in list(self.unsaved):
-            try:
-                write_atomically(self.run.path / "final" / file, partial(save_file, self.unsaved[file]))
-            except Exception as error:  # an OSError, or safetensors' own
-                return f"final/{file}: {error}"
-            member = next(member for member in self.members if member["file"] == file)
-            member["sha256"] = sha256_file(self.run.path / "final" / file)
-            del self.unsaved[file]
-        return ""
-
-    def resume(self) -> None:
-        """Take up the newest checkpoint of the run folder, or begin anew where there is none yet."""
-        tensors = {}
-
-        def read() -> dict | None:
-            content, info = self.run.load_checkpoint() or ({}, None)
-            tensors.update(content)
-            check_members(self.run, info["members"] if info else [])
-            self.run.drop_metrics_after(info["step"] if info else -1)
-            (self.run.path / "result.json").unlink(missing_ok=True)  # of an attempt that failed
-            return info
-
-        info = self.world.on_main(read)
-        if info is None:
-            return self.run.log("no checkpoint yet: starting from step 0")
-        restore(self, tensors)
-        self.step, self.stopped_by = info["step"], info["stopped_by"]
-        self.readouts, self.members = info["readouts"], info["members"]
-        self.clock.train_time_s, self.earlier_wall_s = info["train_time_s"], info["wall_time_s"]
-        self.clock.recent_s.extend(info["recent_s"])
-        done = f"step {self.step}/{self.plan.num_steps}, after {self.clock.train_time_s:.1f} s of training"
-        self.run.log(f"resumed at {done}")
-
-    def wall_time_s(self) -> float:
-        return self.earlier_wall_s + time.monotonic() - self.started
-
-    def fail(self, kind: str, loss: float, step: int) -> None:
-        """End the run (NonFiniteLoss), and keep what is needed to look at it: the step's tokens, all norms."""
-        if self.world.is_main:
-            path = self.run.path / "non_finite.pt"
-            tokens = make_loader(self.plan, self.splits["train"], range(VIRTUAL_RANKS)).batch(step)
-            norms = {name: p.detach().float().norm().item() for name, p in self.model.named_parameters()}
-            bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
-            content = {"step": step + 1, "loss": loss, "tokens": tokens, "norms": norms}
-            write_atomically(path, partial(torch.save, content))
-            result = {"track": TRACK, "status": "failed", "stopped_by": "non_finite_loss", "steps": step + 1}
-            write_json(self.run.path / "result.json", result | {"run_id": self.run.run_id})
-            kept = ", ".join(path.stem for path in self.run.checkpoints()) or "none, it begins anew"
-            self.run.log(f"{path} has the tokens and the norms of all parameters; not finite: {len(bad)}, {bad[:3]}")
-            self.run.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
-        raise NonFiniteLoss(f"the {kind} loss is {loss} at step {step + 1}")
-
-    def say_how_to_resume(self) -> int:
-        """-> the exit code: 0 if the checkpoint is saved."""
-        how = resume_command(self.world.size, self.run.path)
-        self.run.log(f"stopped by {self.signal or 'a signal'} after step {self.step}; resume with: {how}")
-        return 1 if self.checkpoint_failure else 0
-
-
-def training_state(trainer: Chain) -> dict:
-    """The tensors of a checkpoint; collective, of use in the main process alone."""
-    state = trainer.optimizer.state_dict()
-    model = {name: p.detach() for name, p in trainer.model.named_parameters()}
-    return {"model": model, "optimizer": state, "teacher": trainer.snapshot}
-
-
-def restore(trainer: Chain, tensors: dict) -> None:
-    """Take up a training_state, which the main process has; collective."""
-    world, teacher = trainer.world, tensors.get("teacher", {})
-    for name, p in trainer.model.named_parameters() if world.is_main else ():
-        p.data.copy_(tensors["model"][name])
-    trainer.optimizer.broadcast_values()
-    trainer.optimizer.load_state_dict(tensors.get("optimizer", {}))
-    if world.on_main(lambda: bool(teacher)):
-        snapshot = {}
-        for name, p in trainer.model.named_parameters():
-            value = torch.empty_like(p, dtype=member_dtype(name, p, trainer.dtype), requires_grad=False)
-            if world.is_main:
-                value.copy_(teacher[name])
-            if world.size > 1:
-                dist.broadcast(value, group_src=0, group=world.group)
-            snapshot[name] = value
-        trainer.teacher, trainer.snapshot = snapshot_weights(trainer.model, snapshot, trainer.dtype), teacher
-
-
-def check_members(run: RunFolder, members: list[dict]) -> None:
-    """Take snapshots that are gone off the list; it is said. Their contents are checked before they are mixed."""
-    for member in list(members):
-        path = run.path / "final" / member["file"]
-        if not path.exists():
-            run.log(f"WARNING: {path} is missing or damaged: it is left out")
-            members.remove(member)
-
-
-@torch.no_grad()
-def perturb(model: GPT, scale: float, *seed: int) -> None:
-    """Add Gaussian noise to each parameter of several elements, `scale` times its own standard deviation (unbiased).
-
-    It is drawn on the CPU from `seed` alone, so it is the same on all processes and devices.
+    A readout with other settings than the run's only writes a result of its own, beside the declared one.
     """
-    generator = torch.Generator().manual_seed(seed_of(*seed))
-    for p in model.parameters():
-        if p.numel() > 1:
-            wide = p.to(torch.promote_types(p.dtype, torch.float32))
-            noise = torch.randn(p.shape, generator=generator).to(wide)
-            p.copy_(wide + scale * wide.std() * noise)
+    c, run_folder = run.config, run.folder.path
+    if is_declared:
+        (run_folder / "result.json").unlink(missing_ok=True)  # what it says of final/ will not be true
+        failure = save_final(run, ensemble)
+        if failure:
+            return failure
+    result = make_result(run, ensemble, is_declared, epoch_tokens, readout_s)
+    heaviest = sorted(ensemble.members, key=lambda member: -member["weight"])[:8]
+    shown = ", ".join(f"{m['weight']:.3f} chain {m['chain']} cycle {m['cycle']}" for m in heaviest)
+    run.log(f"largest weights of {len(ensemble.members)}: {shown}")
+    if not is_declared:
+        without_first = "_without_first" if c.leave_out_first else ""
+        return run.publish(result, f"result_{c.selection}_{c.average}{without_first}.json")
+    losses = ensemble.mixture_losses or {len(ensemble.members): result["val_loss"]}
+    for size, loss in losses.items():
+        run.folder.record({"step": result["steps"], "mixture_of": size, "val_loss": loss})
+    try:
+        draw_ensemble(run, ensemble, losses)
+    except Exception as error:  # a full disk, or a library's fault: no reason to end a run
+        run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
+    return run.publish(result)
 
 
-@torch.no_grad()
-def losses_of(model: GPT, weights: Weights, tokens: Tensor, targets: Tensor, **how) -> Tensor:
-    """Losses by the compute weights of a snapshot: 2 x (B, T) -> (B, T)."""
-    model.eval()
-    losses = model.token_losses(tokens, targets, weights, **how)
-    model.train()
-    return losses
+def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tuple[float, Callable]]:
+    """The members of a finished run's readout, loaded one at a time: yields (weight, log_probs).
 
-
-def read_ledger(folder: Path) -> dict:
-    """What a chain's folder says of it: whether it is finished, its snapshots, their hashes and losses."""
-    path, counted = folder / "ledger.json", ("steps", "tokens", "flops", "train_time_s", "process_s", "wall_time_s")
-    empty = {"chain": int(folder.name.removeprefix("chain_")), "state": "waiting", "members": [], "layout": [1, 0, 1]}
-    empty |= dict.fromkeys(counted, 0)
-    return read_json(path, set(empty), f"delete {folder} to train this chain again") if path.exists() else empty
-
-
-class Chain(Trainer):
-    """The training of a chain. The end of each cycle gives a snapshot, and begins the next."""
-
-    def __init__(
-        self, number: int, rounds: int, layout: list[int], world: World, run: RunFolder, plan: Plan, splits, lengths
-    ):
-        """rounds: chains that a group of processes trains one after the other, for the projection.
-
-        layout: the number of groups, this one's, and its number of processes.
-        """
-        super().__init__(plan.config, world, run, plan, splits, lengths)
-        self.number, self.rounds, self.layout = number, rounds, layout
-        self.earlier = world.on_main(read_ledger, run.path)
-        all_of_it = dataclasses.replace(plan.config, val_sequences=len(splits["fitness"].tokens))
-        self.eval_sets["fitness"] = make_eval_set(splits["fitness"], all_of_it, world, lengths)
-        self.teacher: Weights | None = None
-        self.snapshot: dict[str, Tensor] = {}  # the teacher's, in the main process, for checkpoints
-
-    def backward(self, rows: Tensor, share: float, taught: bool = False, **how) -> Tensor:
-        return super().backward(rows, share, teacher=self.teacher if taught else None, **how)
-
-    def warm_up(self) -> None:
-        """As Trainer.warm_up, with a teacher and the scoring of snapshots."""
-        self.teacher = snapshot_weights(self.model, self.make_snapshot(), self.dtype)
-        super().warm_up()
-        batch = torch.zeros(self.config.eval_batch, self.config.sequence_len + 1, dtype=torch.int64)
-        tokens, targets = (part.to(self.world.device) for part in (batch[:, :-1], batch[:, 1:]))
-        losses_of(self.model, self.teacher, tokens, targets, **stage(self.plan, self.plan.num_steps - 1))
-        self.teacher = None
-
-    def make_snapshot(self) -> dict[str, Tensor]:
-        """The parameters by name, as a snapshot keeps them, on the device."""
-        named = self.model.named_parameters()
-        return {name: p.detach().to(member_dtype(name, p, self.dtype), copy=True) for name, p in named}
-
-    def train_step(self, step: int):
-        if step in self.plan.first_steps[1:]:
-            self.begin_cycle(self.plan.cycle(step))
-        return super().train_step(step)
-
-    def begin_cycle(self, cycle: int) -> None:
-        """What a cycle but the first begins with: noise, or other weights and an empty optimizer."""
-        if self.config.members == "snapshots":
-            return perturb(self.model, perturbation_scale(self.config, cycle - 1), self.config.seed, cycle)
-        torch.manual_seed(seed_of(self.config.seed, cycle))
-        self.model.init_weights()
-        self.optimizer.broadcast_values()
-        self.optimizer.steps = 0
-        for bucket in self.optimizer.buckets:
-            for part in bucket.moments:
-                part.zero_()
-        return None
-
-    def end_epoch(self, complete: bool) -> None:
-        """The end of a cycle: make a snapshot, score it as it will be stored; it may be the teacher of the next."""
-        cycle, how = self.plan.epochs_done(self.step), stage(self.plan, self.step - 1)
-        copied, scores, nats = self.make_snapshot(), {}, {}
-        weights = snapshot_weights(self.model, copied, self.dtype)
-        for name in ("fitness", "val"):
-            own = self.eval_sets[name].nats(partial(losses_of, self.model, weights, **how))
-            scores[name] = self.eval_sets[name].score(own)
-            nats[f"nats.{name}"] = self.world.gather_rows(own.float(), self.eval_sets[name].count)
-            if not math.isfinite(scores[name].loss):
-                self.fail("validation", scores[name].loss, self.step - 1)
-        val, fitness_loss = scores["val"], scores["fitness"].loss
-        losses = {"val_loss": val.loss, "val_bpb": val.bpb, "fitness_loss": fitness_loss}
-        file = f"chain_{self.number:02d}_cycle_{cycle:03d}.safetensors"
-        self.members.append({"file": file, "chain": self.number, "cycle": cycle, "step": self.step} | losses)
-        self.readouts[f"cycle_{cycle}"] = val.loss
-        self.teacher, self.snapshot = (weights if self.plan.taught(self.step) else None), {}
-        if self.world.is_main:
-            on_cpu = {name: value.cpu() for name, value in copied.items()}
-            self.unsaved[file] = on_cpu | nats
-            self.snapshot = on_cpu if self.teacher is not None else {}
-        if self.config.keep:
-            self.drop_member()
-        self.run.record({"step": self.step, "cycle": cycle} | how | losses)
-        said = f"cycle {cycle}/{self.config.cycles} | step {self.step}/{self.plan.num_steps} | val {val.loss:.4f}"
-        self.run.log(f"{said} | fitness {fitness_loss:.4f}" + (f" | {val.bpb:.4f} bits per byte" if val.bpb else ""))
-        self.run.draw_curve(self.stages)
-
-    def drop_member(self) -> None:
-        """If the chain has more snapshots than are kept, the one of least weight goes, but not the newest."""
-
-        def least() -> int:
-            folder = self.run.path / "final"
-            waiting = {file: tensors["nats.fitness"] for file, tensors in self.unsaved.items()}
-            files = [member["file"] for member in self.members]
-            nats = [waiting[file] if file in waiting else read_nats(folder / file, "fitness") for file in files]
-            return int(weights_by_nats(nats)[:-1].argmin())
-
-        if len(self.members) > self.config.keep:
-            gone = self.members.pop(self.world.on_main(least))
-            self.unsaved.pop(gone["file"], None)
-
-    def save_checkpoint(self) -> None:
-        """As Trainer.save_checkpoint; then the ledger, and what is not in it goes from the disk."""
-        super().save_checkpoint()
-        self.write_ledger("training")
-        if self.world.is_main and not self.checkpoint_failure:
-            for path in (self.run.path / "final").iterdir():
-                if path.name not in [member["file"] for member in self.members]:
-                    path.unlink()
-
-    def write_ledger(self, state: str) -> str:
-        """ledger.json: what exists of the chain; state: training, stopped or finished -> as try_to_write_json."""
-        failure = ""
-        if self.world.is_main:
-            members = [member for member in self.members if "sha256" in member]
-            ledger = {"chain": self.number, "seed": self.config.seed, "state": state, "steps": self.step}
-            ledger |= {"train_time_s": self.clock.train_time_s, "tokens": self.plan.tokens_done(self.step)}
-            ledger |= {"flops": float(self.flops[self.step]), "wall_time_s": self.wall_time_s(), "members": members}
-            own_s = self.clock.train_time_s - self.earlier["train_time_s"]
-            ledger |= {"process_s": self.earlier["process_s"] + own_s * self.world.size, "layout": self.layout}
-            failure = try_to_write_json(self.run.path / "ledger.json", ledger)
-            if failure:
-                self.run.log(f"ledger.json is NOT saved: {failure}")
-        return self.world.on_main(lambda: failure)
-
-    def print_projection(self) -> None:
-        chain_s = self.clock.train_time_s + self.remaining_s(self.step, self.clock.step_s)
-        rest = f", {duration(self.rounds * chain_s)} for all chains ({self.rounds} one after the other)"
-        self.run.log(f"projected training time {duration(chain_s)}{rest if self.rounds > 1 else ''}")
-
-
-class Ensemble:
-    """A run: chains, which groups of processes train one after the other. Its phases are warm_up, resume and fit.
-
-    The groups do not wait for each other until all chains are done; each finds that in the ledgers on the disk.
+    log_probs maps tokens (B, T) int64 to log-probabilities of the next token (B, T, V) float32, until the next member
+    is loaded (ValueError after that). The weights sum to 1; members.json says how the members are mixed.
     """
-
-    def __init__(self, config: Config, world: World, group: World, run: RunFolder, plan: Plan, splits, byte_lengths):
-        self.config, self.world, self.group, self.run, self.plan = config, world, group, run, plan
-        self.splits, self.byte_lengths = splits, byte_lengths
-        self.dtype = compute_dtype(config.dtype, world.device)
-        self.kernels = choose_kernels(config, world.device, self.dtype)
-        self.compiled = config.compile == "on" or (config.compile == "auto" and world.cuda)
-        self.num_parameters, *_ = memory_gib(config, group.size, self.dtype)
-        self.stopped_by, self.signal, self.signal_at, self.failed = "", "", 0.0, False
-        self.folders = [run.path / "chains" / f"chain_{number:02d}" for number in range(config.chains)]
-        self.stopped_mark = run.path / "stopped"  # a file that a group leaves for the others when it stops
-        self.groups, todo = world.size // group.size, world.on_main(self.unfinished)
-        self.rounds = math.ceil(len(todo) / self.groups)  # chains that a group trains one after the other
-        self.todo = deque(todo[world.rank // group.size :: self.groups])
-        self.chain: Chain | None = None  # the one that is trained
-        self.opened = False  # whether a chain was
-
-    def unfinished(self) -> list[int]:
-        """Chains that are not finished; in the main process, before any is trained."""
-        self.stopped_mark.unlink(missing_ok=True)  # of an earlier session
-        todo = []
-        for number, folder in enumerate(self.folders):
-            newest = max((folder / "checkpoints").glob("step_*.json"), default=None)
-            if read_ledger(folder)["state"] == "finished":
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            elif not self.config.select_only:
-                todo.append(number)
-                advice = f"delete it to resume chain {number} from before it"
-                info, path = newest and read_json(newest, {"sha256"}, advice), newest and newest.with_suffix(".pt")
-                sound = not newest or (path.exists() and sha256_file(path) == info["sha256"])
-                require(sound, f"{newest} is damaged, or what it tells of: {advice}")
-        return todo
-
-    def warm_up(self) -> None:
-        """Begin with the first chain, or go on with it."""
-        self.open_next_chain()
-
-    def resume(self) -> None:
-        """Chains resume where they are opened."""
-
-    def open_next_chain(self) -> None:
-        if not self.todo:
-            return
-        number, c = self.todo.popleft(), self.config
-        folder, group = self.folders[number], self.group
-        if group.is_main:
-            for part in ("checkpoints", "final"):
-                (folder / part).mkdir(parents=True, exist_ok=True)
-        run = RunFolder(
-            folder,
-            f"{self.run.run_id}-{number:02d}",
-            group.is_main,
-            label=f"chain {number} | ",
-            bar=self.world.rank < group.size,  # chains that are trained beside the first would write over its bar
-        )
-        group.on_main(run.open)
-        group.on_main(self.start_wandb, run)
-        splits = {name: shard for name, shard in self.splits.items() if name != "holdout"}
-        plan = dataclasses.replace(self.plan, config=c.of_chain(number))
-        layout = [self.groups, self.world.rank // group.size, group.size]
-        self.chain = Chain(number, self.rounds, layout, group, run, plan, splits, self.byte_lengths)
-        self.chain.signal, self.chain.signal_at = self.signal, self.signal_at
-        self.chain.warm_up()
-        if group.on_main(lambda: bool(run.checkpoints()) or (folder / "metrics.jsonl").stat().st_size > 0):
-            self.chain.resume()
-        self.chain.write_ledger("training")
-        self.opened = True
-
-    def start_wandb(self, run: RunFolder) -> None:
-        """As Run.start_wandb; once a chain is trained, that it fails is no reason to stop."""
-        try:
-            run.start_wandb(self.config.wandb, dataclasses.asdict(self.config) | {"track": TRACK})
-        except ValueError as error:
-            if not self.opened:
-                raise
-            run.log(f"WARNING: {error}")
-
-    def fit(self) -> None:
-        """Train this group's chains, then wait for those of the others; `stopped_by` says whether a signal came."""
-        while self.chain is not None:
-            self.chain.fit()
-            by_signal, chain = self.chain.stopped_by == "signal", self.chain
-            full = self.group.sum([len(chain.unsaved)])[0] > 0
-            full = bool(chain.write_ledger("stopped" if by_signal or full else "finished")) or full
-            chain.run.close()
-            if by_signal or full:
-                self.stopped_by, self.failed = "signal" if by_signal else "full disk", full
-                self.stopped_mark.touch()
-                return
-            if self.group.is_main:
-                shutil.rmtree(chain.run.path / "checkpoints", ignore_errors=True)
-            self.chain = chain = None
-            gc.collect()  # its memory is needed by the next
-            if self.world.cuda:
-                torch.cuda.empty_cache()
-            try:
-                self.open_next_chain()
-            except ValueError as error:  # of another process or a person on the disk; what is done stays
-                print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-                self.stopped_by, self.failed = "an error", True
-                self.stopped_mark.touch()
-                return
-        said = False
-        while not self.config.select_only:
-            waiting, stop = self.group.on_main(self.look_around)
-            if stop or self.group.sum([bool(self.signal)])[0]:
-                self.stopped_by = "signal"
-                self.stopped_mark.touch()
-                return
-            if not waiting:
-                break
-            if not said and self.group.is_main:
-                self.run.log(f"waiting for chains {waiting}")
-            said = True
-            time.sleep(0.5)
-        waiting, _ = self.world.on_main(self.look_around)
-        self.stopped_by, self.fitted = "select_only" if waiting else "steps", time.monotonic()
-
-    def look_around(self) -> tuple[list[int], bool]:
-        """The chains that are not finished yet, and whether a group has stopped, by what the disk says."""
-        waiting = []
-        for number, folder in enumerate(self.folders):
-            try:
-                finished = read_ledger(folder)["state"] == "finished"
-            except (OSError, ValueError):  # a network disk in between; the next look will tell
-                finished = False
-            waiting += [number] * (not finished)
-        return waiting, self.stopped_mark.exists()
-
-    def take_signal(self, number: int, frame) -> None:
-        """Stop after the step under way; a second signal ends the process, unless it comes soon after."""
-        Trainer.take_signal(self, number, frame)
-        if self.chain is not None:
-            self.chain.signal, self.chain.signal_at = self.signal, self.signal_at
-
-    def say_how_to_resume(self) -> int:
-        """-> the exit code: 0 if all is saved."""
-        size, here = self.world.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
-        on_several = f"torchrun, as before, {sys.argv[0]} --resume {self.run.path}"
-        how = resume_command(size, self.run.path) if size == here else on_several
-        self.run.log(f"stopped by {self.signal or self.stopped_by}; resume with: {how}")
-        return 1 if self.failed else 0
-
-
-def candidates(ensemble: Ensemble) -> list[dict]:
-    """The members that are on the disk and sound, by chain and cycle; of others it is said; collective."""
-    world, run, c = ensemble.world, ensemble.run, ensemble.config
-    members = [member for folder in ensemble.folders for member in read_ledger(folder)["members"]]
-    members = [member for member in members if not (c.leave_out_first and member["cycle"] == 1)]
-    sound = [0.0] * len(members)
-    for i in range(world.rank, len(members), world.size):
-        path = snapshot_path(ensemble, members[i])
-        sound[i] = float(path.exists() and sha256_file(path) == members[i]["sha256"])
-    found = []
-    for member, is_sound in zip(members, world.sum(sound), strict=True):
-        if is_sound:
-            found.append(member)
-        else:
-            run.log(f"WARNING: {snapshot_path(ensemble, member)} is missing or damaged: it is left out")
-    require(bool(found), f"{run.path} has no snapshot to read out: train it on, with --resume")
-    return found
-
-
-def snapshot_path(ensemble: Ensemble, member: dict) -> Path:
-    return ensemble.folders[member["chain"]] / "final" / member["file"]
-
-
-def weigh(ensemble: Ensemble, members: list[dict]) -> tuple[list[float], dict[int, list[float]]]:
-    """In the main process -> (weights of all members; by number of members, those of the mixtures)."""
-    if ensemble.config.selection == "uniform":
-        weights = torch.full((len(members),), 1 / len(members), dtype=torch.float64)
-        return weights.tolist(), {len(members): weights.tolist()}
-    weights = weights_by_nats([read_nats(snapshot_path(ensemble, member), "fitness") for member in members])
-    return weights.tolist(), {size: w.tolist() for size, w in mixtures(weights).items()}
-
-
-def mix_from_disk(paths: list[Path], split: str, weights: list[list[float]]) -> list[Tensor]:
-    """Nats (n, T) float64 of mixtures of the snapshots at these paths, each of which is read once."""
-    sums: list[Tensor] = []
-    for path, own in zip(paths, zip(*weights, strict=True), strict=True):
-        probabilities = (-read_nats(path, split).double()).exp()
-        sums = sums or [torch.zeros_like(probabilities) for _ in weights]
-        for total, weight in zip(sums, own, strict=True):
-            total.add_(probabilities, alpha=weight)
-    return [-total.log() for total in sums]
-
-
-def build_scorer(ensemble: Ensemble) -> GPT:
-    """A model whose own weights are not used."""
-    model = build(ensemble.config, ensemble.world.device, ensemble.dtype, **ensemble.kernels)
-    if ensemble.compiled:
-        model.compile_layers()
-    return model
-
-
-def load_weights(ensemble: Ensemble, model: GPT, member: dict) -> Weights:
-    """The compute weights of a member, from the disk."""
-    snapshot = read_snapshot(snapshot_path(ensemble, member))
-    on_device = {name: value.to(ensemble.world.device) for name, value in snapshot.items()}
-    return snapshot_weights(model, on_device, ensemble.dtype)
-
-
-def score_members(ensemble: Ensemble, members: list[dict], split: str) -> list[Path]:
-    """Losses of members on a split, in scores/, made where they are not there yet -> their paths; collective.
-
-    Members are spread over all processes, and each is loaded once.
-    """
-    world, folder, alone = ensemble.world, ensemble.run.path / "scores", World(0, 1, ensemble.world.device)
-    how = stage(ensemble.plan, ensemble.plan.num_steps - 1)
-    paths = [folder / f"{split}_{member['sha256'][:16]}_{member['file']}" for member in members]
-    own = [*zip(paths, members, strict=True)][world.rank :: world.size]
-    missing = [(path, member) for path, member in own if not path.exists()]
-    if missing:
-        folder.mkdir(exist_ok=True)
-        model = build_scorer(ensemble)
-        eval_set = make_eval_set(ensemble.splits[split], ensemble.config, alone, ensemble.byte_lengths)
-    for path, member in missing:
-        if ensemble.signal or ensemble.stopped_mark.exists():
-            ensemble.stopped_mark.touch()
-            break
-        weights = load_weights(ensemble, model, member)
-        nats = eval_set.nats(partial(losses_of, model, weights, **how)).float()
-        write_atomically(path, partial(save_file, {f"nats.{split}": nats}))
-        ensemble.run.log(f"{split}: {sum(path.exists() for path in paths)} of {len(paths)} members scored")
-    while not all(path.exists() for path in paths) and not (ensemble.signal or ensemble.stopped_mark.exists()):
-        time.sleep(0.2)
-    return paths
-
-
-def mix_logits(ensemble: Ensemble, members: list[dict], weights: list[float], split: str) -> Score:
-    """Score of the average of the members' capped logits on a split; collective.
-
-    The average needs the whole distribution, so sequences are spread over the processes, and for each batch of them the
-    members are loaded one by one: slower than averaging probabilities.
-    """
-    world, c, model = ensemble.world, ensemble.config, build_scorer(ensemble).eval()
-    how = stage(ensemble.plan, ensemble.plan.num_steps - 1)
-    eval_set = make_eval_set(ensemble.splits[split], c, world, ensemble.byte_lengths)
+    device = torch.device(device)
+    saved, final = finished_run(Path(run_dir), "unlimited")
+    config = Config(**saved["config"])
+    dtype = compute_dtype(config.dtype, device)
+    attention = choose_attention("auto", config.n_embd // config.n_head, device, dtype)
+    model = GPT(config, dtype, attention).to(device).eval().requires_grad_(False)
+    loaded: list[dict] = []
 
     @torch.no_grad()
-    def losses(tokens: Tensor, targets: Tensor) -> Tensor:
-        total = 0.0
-        for weight, member in zip(weights, members, strict=True):
-            log_probs = model.log_probs(tokens, load_weights(ensemble, model, member), **how)
-            total = total + weight * log_probs  # logits but for a constant, which the softmax takes away
-        return -total.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    def log_probs(member: dict, tokens: Tensor) -> Tensor:
+        if loaded[-1] is not member:
+            raise ValueError("the next member has taken this one's place: use them one at a time")
+        return model.log_probs(tokens.to(device), **final["stage"]).float()
 
-    return eval_set.score(eval_set.nats(losses))
-
-
-def read_out(ensemble: Ensemble) -> dict | None:
-    """The declared readout on the validation set and, once, on the holdout; None if a signal comes; collective.
-
-    It averages the probabilities of the members of the largest mixture. Recorded beside it: the smaller mixtures, equal
-    weights for all, and the best member.
-    """
-    world, members = ensemble.world, candidates(ensemble)
-    weights, found = world.on_main(weigh, ensemble, members)
-    declared, scores, readouts, losses = max(found), {}, {}, {}
-    waiting, _ = world.on_main(ensemble.look_around)
-    at_the_end = ensemble.as_declared and not waiting  # else the holdout is not looked at
-    splits = ["val"] + ["holdout"] * ("holdout" in ensemble.splits and at_the_end)
-    chosen = [(weight, member) for weight, member in zip(found[declared], members, strict=True) if weight > 0]
-    if ensemble.config.average == "logit":
-        for split in splits:
-            scores[split] = mix_logits(ensemble, [m for _, m in chosen], [w for w, _ in chosen], split)
-        readouts["logit_average"] = scores["val"].loss
-    else:
-        paths = score_members(ensemble, [m for _, m in chosen], "holdout") if "holdout" in splits else []
-        if ensemble.world.sum([bool(ensemble.signal) or ensemble.stopped_mark.exists()])[0]:
-            return None
-        alone = World(0, 1, world.device)
-        sets = {
-            split: make_eval_set(ensemble.splits[split], ensemble.config, alone, ensemble.byte_lengths)
-            for split in splits
-        }
-        if world.is_main:
-            every = [*found.values(), [1 / len(members)] * len(members)]
-            nats = mix_from_disk([snapshot_path(ensemble, m) for m in members], "val", every)
-            *of_sizes, equal = (sets["val"].score(n) for n in nats)
-            losses = {size: score.loss for size, score in zip(found, of_sizes, strict=True)}
-            readouts = {f"mixture_of_{size}": loss for size, loss in losses.items()} | {"equal_weights": equal.loss}
-            scores["val"] = of_sizes[list(found).index(declared)]
-            for split in splits[1:]:
-                scores[split] = sets[split].score(*mix_from_disk(paths, split, [[w for w, _ in chosen]]))
-    readouts["best_member"] = min(member["val_loss"] for member in members)
-    found = {"members": members, "weights": weights, "chosen": chosen}
-    return found | {"scores": scores, "losses": losses, "readouts": readouts}
+    for member in final["members"]:
+        load_snapshot(model, Path(run_dir) / "final" / member["file"])
+        loaded.append(member)
+        yield member["weight"], partial(log_probs, member)
 
 
-def make_result(ensemble: Ensemble, found: dict) -> dict:
-    """What result.json says, but for eligibility; found: of read_out."""
-    c, world, val, holdout = ensemble.config, ensemble.world, found["scores"]["val"], found["scores"].get("holdout")
-    ledgers = [read_ledger(folder) for folder in ensemble.folders]
-    by_layout: dict[int, dict[int, list]] = {}  # by number of groups, by group
-    for ledger in ledgers:
-        groups, index, _ = ledger["layout"]
-        by_layout.setdefault(groups, {}).setdefault(index, []).append(ledger)
-    seconds, wall_s = (  # of the group that took longest
-        sum(max(sum(led[key] for led in leds) for leds in groups.values()) for groups in by_layout.values())
-        for key in ("train_time_s", "wall_time_s")
+# ======================================================================================================================
+# main
+# ======================================================================================================================
+
+
+def short_runs(config: Config) -> dict[str, dict]:
+    """Settings of runs to measure: of one stage, by its name, or that end with it, and "all", with each stage."""
+    both = {"chains": 1, "cycles": 2, "teach_after": 1, "cycle_epochs": 1, "first_cycle_epochs": 1}
+    both["fitness_tokens"] = 20000  # of a small data set
+    student = both | {"cycles": 1, "teach_after": 0}
+    if config.has_teacher:
+        return {"student": student, "teacher": both, "all": both}
+    return {"student": student, "all": student}
+
+
+def count_sizes(config: Config, dtype: torch.dtype, splits: dict[str, Split], num_groups: int) -> Sizes:
+    """What the run needs of memory and disk, from the shapes alone. splits: those whose losses are kept."""
+    masters = init_masters(config, dtype, torch.device("meta"))
+    shards = make_shards(config, masters, World(0, 1, torch.device("meta")))
+    elements = {name: p.numel() for name, p in masters.items()}
+    parameters = sum(elements.values())
+    layers = sum(count for name, count in elements.items() if name.startswith("transformer.h."))
+    C, T = config.n_embd, config.sequence_len
+    positions = config.pass_sequences * T
+    members = config.chains * (min(config.keep, config.cycles) or config.cycles)
+    targets = sum(len(split.tokens) // (T + 1) * T for split in splits.values())
+    return Sizes(
+        dtype=dtype,
+        parameters=parameters,
+        layers=config.n_layer,
+        layer_parameters=layers / config.n_layer,
+        state_elements=sum(state.numel() for bucket in shards.buckets for state in bucket.state.values()),
+        moved_parameters=sum(elements[name] for name in moved_names(config, list(masters))),
+        master_bytes=sum(p.numel() * p.itemsize for p in masters.values()),
+        layer_bytes=(13 * C + 3 * config.hidden) * dtype.itemsize + 2 * C,
+        pass_positions=positions,
+        logit_positions=min(CHUNK, positions),
+        padded_vocab=config.padded_vocab,
+        n_embd=C,
+        member_bytes=sum(p.numel() * p.itemsize for p in member_weights(masters, dtype).values()),
+        members=members,
+        frozen_parameters=parameters if config.has_teacher else 0,
+        score_bytes=4 * members * targets,
+        models=min(num_groups, config.chains),
     )
-    steps, tokens, flops, process_s = (
-        sum(led[key] for led in ledgers) for key in ("steps", "tokens", "flops", "process_s")
-    )
-    world_size, groups = (max(f(led["layout"]) for led in ledgers) for f in (lambda x: x[0] * x[2], lambda x: x[0]))
-    finished, folder = all(ledger["state"] == "finished" for ledger in ledgers), ensemble.run.path
-    hashes = {split: shard.sha256 for split, shard in ensemble.splits.items() if split != "fitness"}
-    peak, known = peak_flops(world.device), {member["file"]: member["sha256"] for _, member in found["chosen"]}
-    return {
-        "track": TRACK, "status": "finished" if finished else "partial", "stopped_by": ensemble.stopped_by,
-        "run_id": ensemble.run.run_id,
-        "val_loss": val.loss, "val_bpb": val.bpb, "best_val_loss": min(found["readouts"].values()),
-        "readouts": found["readouts"], "holdout_loss": holdout and holdout.loss, "holdout_bpb": holdout and holdout.bpb,
-        "data_efficiency": data_efficiency(val.loss) if hashes["val"] == rules.OFFICIAL_SHA256["val"] else None,
-        "chains": c.chains, "cycles": c.cycles, "candidates": len(found["members"]), "chosen": len(found["chosen"]),
-        "selection": c.selection, "mixing": c.average, "leave_out_first": c.leave_out_first,
-        "steps": steps, "tokens": tokens,
-        "epochs": tokens / (ensemble.plan.epoch_micro_steps * VIRTUAL_RANKS * c.micro_batch * c.sequence_len),
-        "train_time_s": seconds, "process_hours": process_s / 3600,
-        "members": [{"file": member["file"], "weight": weight} for weight, member in found["chosen"]],
-        "wall_time_s": wall_s + time.monotonic() - ensemble.fitted, "time_cap_min": 0.0,
-        "seed": c.seed, "world_size": world_size, "groups": groups, "device": device_name(world.device),
-        "as_declared": ensemble.as_declared,
-        **ensemble.kernels, "dtype": str(ensemble.dtype).removeprefix("torch."), "compiled": ensemble.compiled,
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "peak_memory_gib": peak_memory(world.device) / GIB, "tokens_per_s": tokens / max(seconds, 1e-9),
-        "mfu": flops / process_s / peak if peak and process_s else None,
-        "parameters": ensemble.num_parameters, "val_tokens": val.tokens, "val_bytes": val.bytes,
-        "data_sha256": hashes, "code_sha256": code_sha256(folder / "code"),
-        "instrument_sha256": instrument_sha256(folder / "code" / "slowrun"),
-        "final_sha256": {p.name: known.get(p.name) or sha256_file(p) for p in sorted((folder / "final").iterdir())},
-    }  # fmt: skip
 
 
-def save_final(ensemble: Ensemble, found: dict) -> str:
-    """Link the chosen members into final/, with members.json -> why it failed, empty if it did not."""
-    final, members = ensemble.run.path / "final", []
-    try:
-        for path in final.iterdir():
-            path.unlink()
-        for weight, member in found["chosen"]:
-            source = snapshot_path(ensemble, member)
-            try:
-                os.link(source, final / member["file"])  # takes no space
-            except OSError:  # a disk without such links
-                (final / member["file"]).symlink_to(os.path.relpath(source, final))
-            members.append(member | {"weight": weight})
-    except OSError as error:
-        return str(error)
-    how = stage(ensemble.plan, ensemble.plan.num_steps - 1)
-    content = {"mixing": ensemble.config.average, "stage": how, "members": members}
-    return try_to_write_json(final / "members.json", content)
+def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> list[Kernel]:
+    """What computes where there is a choice; ValueError if what is wanted does not run."""
+    head_dim = config.n_embd // config.n_head
+    chosen = choose_attention(config.attention, head_dim, device, dtype)
+    windows = sorted({config.window(i) for i in range(config.n_layer)})
+    shape = config.sequence_len, config.n_head, head_dim
+    error = partial(attention_error, chosen, shape, [(window, None) for window in windows], device)
+    return [Kernel("attention", chosen, plain="sdpa", fast="varlen", limit=0.05, error=error)]
 
 
-def plan_lines(ensemble: Ensemble) -> dict[str, str]:
+def add_chains(run: Session) -> None:
+    """Take up --add-chains, which is for finished runs (ValueError)."""
+    c = run.config
+    for name in ("add_chains", "select_only"):
+        if getattr(c, name) and run.saved is None:
+            raise ValueError(f"{flag_of(name)} needs --resume RUN_DIR")
+    if not c.add_chains:
+        return
+    if not run.saved["finished"]:
+        raise ValueError(
+            f"--add-chains extends a finished run, and {run.saved['folder']} has {c.chains} chains to finish: --resume "
+            "alone goes on with them"
+        )
+    run.extend(f"result_of_{c.chains}_chains.json", chains=c.chains + c.add_chains)
+
+
+def describe_plan(run: Session, num_groups: int, group_size: int) -> dict[str, str]:
     """What the header says of chains and groups, by the words in front."""
-    c, plan = ensemble.config, ensemble.plan
-    batches = [plan.batch_tokens(cycle) for cycle in range(c.cycles)]
-    chain_flops = sum(step_flops_per_token(plan, step) * batches[plan.cycle(step)] for step in range(plan.num_steps))
-    operations = f"{c.chains * chain_flops:.3g} operations in all"
-    if peak := peak_flops(ensemble.world.device):
-        hours = ensemble.rounds * chain_flops / (0.4 * peak * ensemble.group.size) / 3600
+    c, plan = run.config, run.plan
+    batches = np.diff(plan.tokens)
+    flops = float(plan.flops[-1])
+    operations = f"{c.chains * flops:.3g} operations in all"
+    if peak := peak_flops(run.world.device):
+        rounds = math.ceil(c.chains / num_groups)
+        hours = rounds * flops / (0.4 * peak * group_size) / 3600
         operations += f"; at 40% of the peak {hours:,.1f} h"
-    steps = f"a chain has {plan.num_steps:,} steps of {min(batches):,} or {max(batches):,} tokens"
-    groups = f"groups x processes: {ensemble.groups} x {ensemble.group.size}"
+    steps = f"a chain has {plan.num_steps:,} steps of {batches.min():,} or {batches.max():,} tokens"
+    groups = f"groups x processes: {num_groups} x {group_size}"
     return {"plan": f"{c.chains} chains of {c.cycles} cycles; {steps}; {groups}; {operations}"}
 
 
-def header(trainer: Trainer, saved: dict, bytes_from: str, needed_gib: float, disk: str, wandb_said: str) -> str:
-    """The first thing that a run prints."""
-    c, world, splits = trainer.config, trainer.world, trainer.splits
-    settings = ", ".join(f"{k} {v}" for k, v in saved["overrides"].items()) or "the defaults, the current record"
-    data = f"{rules.describe_data(splits)}; bytes of tokens {bytes_from}"
-    device = f"{world.size} x {device_name(world.device)}, {str(trainer.dtype).removeprefix('torch.')}"
-    compiled = "compiled" if trainer.compiled else "not compiled"
-    kernels = ", ".join(f"{name} {kernel}" for name, kernel in trainer.kernels.items())
-    for name, (fallback, fast, *_) in KERNELS.items():
-        if world.cuda and (trainer.kernels[name], getattr(c, name)) == (fallback, "auto"):
-            kernels += f" (slower: --{name} {fast} says why not {fast})"
-    lines = {
-        "run": f"{saved['folder']}, id {saved['run_id']}, wandb {wandb_said}",
-        "command": shlex.join(saved["command"]),
-        "settings": settings,
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}",
-        "device": f"{device}, {kernels}, {compiled}, about {needed_gib:.2g} GiB per process",
-        "disk": disk,
-        "data": f"{c.data_dir}: {data}",
-        "model": f"{trainer.num_parameters:,} parameters",
-    } | plan_lines(trainer)
-    return "\n".join([f"NanoGPT Slowrun, {TRACK} track", *(f"{name:10}{text}" for name, text in lines.items())])
-
-
-def final_block(result: dict, folder: Path) -> str:
-    """The last thing that a run prints."""
-    bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
-    holdout = f"{result['holdout_loss']:.4f}" if result["holdout_loss"] is not None else "none"
-    because = "; ".join(result["not_eligible_because"])
-    several = len(result["final_sha256"]) > 2  # the members, and members.json
-    averaged = f"{result['mixing']}-averaged" if several else "one member"
-    ended = "finished" if result["stopped_by"] == "steps" else f"stopped by {result['stopped_by']}"
-    lines = [
-        f"{TRACK} track, seed {result['seed']}, {ended} after {result['steps']:,} steps",
-        *(f"  {loss:9.4f}  {name}" for name, loss in result["readouts"].items()),
-        f"val_loss   {result['val_loss']:.4f} ({averaged}){bpb}; best {result['best_val_loss']:.4f}",
-        f"holdout    {holdout}",
-        f"efficiency {result['data_efficiency'] or 'defined for FineWeb only'}",
-        f"time       training {duration(result['train_time_s'])}, {result['tokens_per_s'] / 1e3:.1f}k tok/s; "
-        f"in all {duration(result['wall_time_s'])}",
-        f"record     {'eligible' if result['eligible'] else f'not eligible: {because}'}",
-        f"run folder {folder}, curve {folder / 'curve.png'}",
-    ]
-    return "\n".join(["=" * 100, *lines, "=" * 100])
-
-
-def report_mixtures(ensemble: Ensemble, found: dict, result: dict) -> None:
-    """curve.png, and a line of metrics.jsonl for each mixture."""
-    losses = found["losses"] or {len(found["chosen"]): result["val_loss"]}
-    for size, loss in losses.items():
-        ensemble.run.record({"step": result["steps"], "mixture_of": size, "val_loss": loss})
-    try:
-        draw_ensemble(ensemble.run.path, found["members"], torch.tensor(found["weights"]), losses)
-    except Exception as error:  # a full disk, or a library's fault: no reason to end a run
-        ensemble.run.log(f"curve.png is not drawn: {type(error).__name__}: {error}")
-
-
-def finish(ensemble: Ensemble) -> int:
-    """Read out, print the final block, write result.json -> the exit code."""
-    if ensemble.stopped_by in ("full disk", "an error"):
-        return ensemble.say_how_to_resume()
-    try:
-        found = read_out(ensemble)
-    except ValueError as error:
-        ensemble.run.log(f"error: {error}")
-        return 2
-    if found is None:
-        ensemble.stopped_by = "signal"
-        return ensemble.say_how_to_resume()
-    if not ensemble.world.is_main:
-        return 0
-    folder, c, name, failure = ensemble.run.path, ensemble.config, "result.json", ""
-    if ensemble.as_declared:
-        (folder / name).unlink(missing_ok=True)  # what it says is in final/ changes now
-        failure = save_final(ensemble, found)
-    else:  # beside the result, which stays
-        name = f"result_{c.selection}_{c.average}{'_without_first' * c.leave_out_first}.json"
-    if not failure:
-        result = make_result(ensemble, found)
-        reasons = rules.reasons_not_eligible(TRACK, result)
-        result |= {"eligible": not reasons, "not_eligible_because": reasons}
-        if ensemble.as_declared:
-            report_mixtures(ensemble, found, result)
-        heaviest = sorted(found["chosen"], key=lambda pair: -pair[0])[:8]
-        said = ", ".join(f"{w:.3f} chain {m['chain']} cycle {m['cycle']}" for w, m in heaviest)
-        ensemble.run.log(f"largest weights of {len(found['chosen'])}: {said}")
-        ensemble.run.log(final_block(result, folder))
-        failure = try_to_write_json(folder / name, result)
+def stop(run: Session, failure: str = "") -> int:
+    """Ask the other groups of processes to stop, and say how to resume -> exit code."""
+    stop_mark(run.folder.path).touch()
     if failure:
-        ensemble.run.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
-        return 1
-    return 0
-
-
-def extended(resume: str, saved: dict, added: int) -> dict:
-    """What config.json will say after --add-chains, which is for finished runs alone (ValueError)."""
-    chains = saved["config"]["chains"]
-    require(added >= 0, f"--add-chains is {added}: it must be 0 or more")
-    how = f"{resume} has {chains} chains to finish: --resume alone goes on with them"
-    require(saved["finished"] or not added, f"--add-chains extends a finished run, and {how}")
-    more = {"chains": chains + added}
-    longer = {"config": saved["config"] | more, "overrides": saved["overrides"] | more, "finished": False}
-    return saved | (longer if added else {})
-
-
-def extend(saved: dict) -> None:
-    """Write what extended said; the result so far has another name from then on."""
-    folder = Path(saved["folder"])
-    chains = json.loads((folder / "config.json").read_text())["config"]["chains"]
-    if chains != saved["config"]["chains"]:
-        (folder / "result.json").rename(folder / f"result_of_{chains}_chains.json")
-        write_json(folder / "config.json", {k: v for k, v in saved.items() if k not in ("folder", "finished")})
-
-
-def set_up(argv: list[str] | None) -> tuple[Ensemble | None, bool]:
-    """From the command line to an ensemble, and whether it resumes; what can be refused is refused here (ValueError).
-
-    No ensemble: the run that --resume names has finished.
-    """
-    given, resume = parse_flags(TRACK, Config, DEMO, argv, Path(__file__), __doc__, record_sizes)
-    config, device = Config(**given) if resume is None else None, given.get("device", "auto")
-    for name in ("add_chains", "select_only"):
-        require(resume is not None or not given.get(name), f"--{name.replace('_', '-')} needs --resume RUN_DIR")
-    if resume is not None:
-        device = read_config(Path(resume))["config"].get("device", "auto")
-    world = join(device, one_model=False)
-    if resume is not None:
-        saved = world.on_main(reopen, TRACK, Path(resume), given, Path(__file__).resolve(), MAY_CHANGE)
-        saved = world.on_main(extended, resume, saved, given.get("add_chains", 0))
-        changed = {name: given[name] for name in MAY_CHANGE - {"add_chains"} & given.keys()}
-        config = Config(**saved["config"] | changed)
-        if saved["finished"] and not config.select_only:
-            if world.is_main:
-                print(f"{resume} has finished, see {resume}/result.json")
-            return None, True
-    # What is the same in all processes is checked by one: one message if it is refused.
-    dtype = compute_dtype(config.dtype, world.device)
-    group_size = config.processes_per_chain or processes_here()
-    world.on_main(world.check_groups, group_size, "--processes-per-chain")
-    group = world.split(group_size)
-    world.on_main(choose_kernels, config, world.device, dtype)
-    needed_gib = 0.0 if config.select_only else world.on_main(check_memory, config, group)
-    where = config.data_dir, config.vocab_size, config.sequence_len
-    loaded: dict[str, Split] = {}
-    world.on_main(lambda: loaded.update(load_splits(*where)))
-    splits = loaded or load_splits(*where)
-    hashes = {name: split.sha256 for name, split in splits.items()}
-    world.on_main(lambda: split_fitness(splits["train"], config) and None)
-    splits["fitness"], splits["train"] = split_fitness(splits["train"], config)
-    plan = world.on_main(Plan, config, len(splits["train"].sequences(config.sequence_len + 1)))
-    byte_lengths, bytes_from = world.on_main(token_bytes, config.data_dir, config.vocab_size)
-    T, scored = config.sequence_len, ("fitness", "val", "holdout")
-    targets = sum(len(splits[split].tokens) // (T + 1) * T for split in scored if split in splits)
-    folder = Path(resume or Path(config.runs_dir) / config.run_name)
-    disk = "nothing is trained"
-    if not config.select_only:
-        disk = world.on_main(check_disk, config, dtype, folder, world.size // group.size, targets)
-    if resume is None:
-        saved = world.on_main(begin, TRACK, config, Path(__file__).resolve(), hashes)
-        world.on_main(os.rename, f"{saved['folder']}/checkpoints", f"{saved['folder']}/chains")  # which have their own
-    world.on_main(check_same_data, saved, config.data_dir, hashes)
-    check_same_data(saved, config.data_dir, hashes)  # the other processes may be on other disks
-    seen = (Path(saved["folder"]) / "config.json").exists()
-    require(
-        seen, f"{saved['folder']} is not seen by all processes: --runs-dir must be on a disk that the machines share"
-    )
-    run = RunFolder(Path(saved["folder"]), saved["run_id"], world.is_main)
-    world.on_main(run.open)
-    if resume is not None:
-        world.on_main(extend, saved)
-    ensemble = Ensemble(config, world, group, run, plan, splits, byte_lengths)
-    settings = ("selection", "average", "leave_out_first")
-    ensemble.as_declared = all(getattr(config, name) == saved["config"][name] for name in settings)
-    now = {name: given[name] for name in MAY_CHANGE & given.keys()}
-    saved |= {"overrides": saved["overrides"] | now}
-    run.log(header(ensemble, saved, bytes_from, needed_gib, disk, wandb_mode(config.wandb)))
-    if ensemble.groups > config.chains:
-        idle = (ensemble.groups - config.chains) * group.size
-        run.log(f"WARNING: {idle} processes have nothing to train: fewer machines, or more --processes-per-chain")
-    return ensemble, resume is not None
+        print(f"{Path(__file__).name}: error: {failure}", file=sys.stderr)
+    code = run.stopped(None)
+    return 1 if failure else code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 finished, or stopped by a signal and saved; 1 failed; 2 refused."""
-    trainer, handlers = None, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Train the chains and read out their mixture -> exit code: 0 finished, or stopped by a signal and saved."""
+    run = Session(
+        "unlimited", Config, DEMO, argv, __file__, record_sizes,
+        one_model=False, may_change=RESUME_MAY_CHANGE, reopened_by=frozenset({"add_chains", "select_only"}),
+    )  # fmt: skip
+    run.world.main_first(add_chains, run)
+    c = run.config
+    fitness, rest = run.world.main_first(split_fitness, c, run.splits["train"])
+    splits = run.splits | {"train": rest, "fitness": fitness}
+    plan = run.world.main_first(make_plan, c, rest)
+    group_size = c.processes_per_chain or processes_here()
+    num_groups = max(1, run.world.size // group_size)
+    scored = {name: split for name, split in splits.items() if name != "train"}
+    sizes = count_sizes(c, run.dtype, scored, num_groups)
+    run.require(plan, sizes, short_runs(c), repeats=c.chains, processes=group_size, trains=not c.select_only)
+    run.world.main_first(run.world.check_groups, group_size, "--processes-per-chain")
+    group = run.world.split(group_size)
+    kernels = run.world.main_first(choose_kernels, c, run.world.device, run.dtype)
+    header = describe_plan(run, num_groups, group_size)
+    run.open({kernel.name: kernel.chosen for kernel in kernels}, slower_kernels(kernels), header, has_children=True)
+    if not (run.folder.path / "config.json").exists():
+        raise ValueError(f"{run.folder.path} is not seen by all processes: --runs-dir must be on a shared disk")
+    if num_groups > c.chains:
+        idle = (num_groups - c.chains) * group_size
+        run.log(f"WARNING: {idle} processes have nothing to train: fewer machines, or more --processes-per-chain")
 
-    def prepare() -> int:
-        nonlocal trainer
-        trainer, resumes = set_up(argv)
-        if trainer is None:
-            return 0
-        for number in handlers:
-            signal.signal(number, trainer.take_signal)
-        trainer.warm_up()
-        if resumes:
-            trainer.resume()
-        return 0
+    # The chains of this group, one after the other
+    unfinished = run.world.on_main(unfinished_chains, run)
+    numbers = unfinished[run.world.rank // group_size :: num_groups]
+    for number in numbers:
+        try:
+            outcome = train_chain(run, group, number, splits, kernels, repeats=math.ceil(len(unfinished) / num_groups))
+        except ValueError as error:  # of another process or a person on the disk
+            if number == numbers[0]:
+                raise
+            return stop(run, str(error))  # chains before it are finished, and stay
+        if outcome != "finished":
+            return stop(run, "the disk is full" if outcome == "full disk" else "")
+        gc.collect()  # the next chain needs the memory
+        if run.world.cuda:
+            torch.cuda.empty_cache()
 
-    try:
-        code = exit_code(prepare, __file__)
-        if code or trainer is None:
-            return code
-        trainer.fit()
-        return trainer.say_how_to_resume() if trainer.stopped_by == "signal" else finish(trainer)
-    except NonFiniteLoss as error:
-        trainer.run.log(f"stopped: {error}")
-        return 1
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if trainer is not None:
-            trainer.run.close()
+    # Those of the other groups
+    if not c.select_only and not wait_for_other_groups(run, group):
+        return stop(run)
+
+    # The readout
+    began = time.monotonic()
+    is_declared = all(getattr(c, name) == run.saved["config"][name] for name in READOUT_FIELDS)
+    ensemble = read_out(run, is_declared)
+    if ensemble is None:
+        return stop(run)
+    epoch_tokens = micro_steps_per_epoch(c, rest) * c.micro_step_tokens
+    readout_s = time.monotonic() - began
+    failure = run.world.on_main(publish, run, ensemble, is_declared, epoch_tokens, readout_s)
+    return run.finished(failure)
 
 
 if __name__ == "__main__":
