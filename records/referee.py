@@ -169,6 +169,16 @@ class Part:
         """After the first step."""
         return [line for line in self.metrics if "val_loss" in line and line["step"] > 0]
 
+    def validations_in(self, stage: dict) -> list[dict]:
+        """Those of a model with these arguments, by the values of the step before them or by their own line."""
+        at_step = {line["step"]: line for line in self.steps}
+        found = []
+        for line in self.validations:
+            values = at_step.get(line["step"], {}) | line
+            if all(values.get(name) == value for name, value in stage.items()):
+                found.append(line)
+        return found
+
     @cached_property
     def log(self) -> list[str]:
         return read_lines(self.path / "log.txt")
@@ -963,7 +973,8 @@ def check_weights(check: Check, run: Folder, judge: Judge) -> str:
     weights = [number(member["weight"]) for member in run.members]
     check.need(min(weights) >= 0, f"weights of members are negative: {min(weights)}")
     check.need(close(sum(weights), 1, 1e-6), f"weights of members sum to {sum(weights)}, not to 1")
-    if run.config.get("readout") == "average" and run.result["stopped_by"] == "steps":
+    averages = "readout_epochs" in run.config and run.config.get("readout", "average") == "average"
+    if averages and run.result["stopped_by"] == "steps":
         needed = run.config["readout_epochs"]
         check.need(len(weights) == needed, f"{len(weights)} members, by the config the readout has {needed}")
     last = max(len(part.steps) for part in run.parts)
@@ -982,9 +993,8 @@ def check_members(check: Check, run: Folder, judge: Judge) -> str:
         return f"not compared one by one: the average of {run.final['mixing']}s is what was scored"
     for member, measured in zip(run.members, scored.measured, strict=True):
         known = [member["val_loss"]] if "val_loss" in member else []  # of the unlimited track, as in its ledgers
-        for line in run.main.validations:
-            same = all(line.get(name) == value for name, value in stage.items())
-            if line["step"] == member["step"] and same and member["file"].startswith("epoch_"):
+        for line in run.main.validations_in(stage):
+            if line["step"] == member["step"] and member["file"].startswith("epoch_"):
                 known.append(line["val_loss"])
         compared += bool(known)
         fits = all(close(loss, measured["loss"], CLAIM_TOLERANCE) for loss in known)

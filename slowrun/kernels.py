@@ -237,7 +237,8 @@ def check_kernels(kernels: Iterable[Kernel]) -> dict[str, float]:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failure:
-            raise ValueError(f"{kernel.name} {kernel.chosen} fails here ({failure}): {advice}") from failure
+            reason = str(failure).partition("\n")[0]  # torch adds a page on where the operator does run
+            raise ValueError(f"{kernel.name} {kernel.chosen} fails here ({reason}): {advice}") from failure
         if not error < kernel.limit:
             raise ValueError(f"{kernel.name} {kernel.chosen} is wrong here, by {error:g}: {advice}, and report it")
         errors[kernel.name] = error

@@ -69,8 +69,6 @@ STAGES = {
     "unlimited": ({"replay": False}, {"replay": True}),
 }
 MICRO_STEPS = {"limited": {}, "tiny": {"micro_batch": 4}, "two_hour": {}}  # as the record has, where SMALL has others
-FOUR_LAYERS = {"limited": {"n_layer": 4, "replay_start": 2, "replay_end": 3}, "tiny": {"n_layer": 4}}
-FOUR_LAYERS["two_hour"] = FOUR_LAYERS["unlimited"] = FOUR_LAYERS["limited"]
 
 
 def name_of(track) -> str:
@@ -78,22 +76,10 @@ def name_of(track) -> str:
     return next(name for name, module in (TRACKS | UNLIMITED).items() if module == track.__name__)
 
 
-def sized(track, sequence_len: int) -> dict:
-    """Fields of Config for sequences of this length, windows of a half and of all of it."""
-    windows = {"window_schedule": f"1-99:{sequence_len // 2},{sequence_len}"} if name_of(track) == "two_hour" else {}
-    return {"sequence_len": sequence_len} | windows
-
-
 @pytest.fixture(params=TRACKS)
 def track(request):
     """The module of a track's script; tests with this argument run once for each track."""
     return importlib.import_module((TRACKS | UNLIMITED)[request.param])
-
-
-@pytest.fixture
-def model(track):
-    """The module of a track's GPT: model.py, or its script."""
-    return sys.modules[track.GPT.__module__]
 
 
 def golden(name: str) -> dict:

@@ -138,10 +138,10 @@ class Case:
     def validate_as(self, run: referee.Folder, losses: list[float]) -> None:
         """Let the validations in training be of members with these losses."""
         lines, readouts = self.metrics(), self.read("result.json")["readouts"]
+        in_stage = run.main.validations_in(run.final["stage"])
         for member, loss in zip(run.members, losses, strict=True):
             for line in lines:
-                same = all(line.get(name) == value for name, value in run.final["stage"].items())
-                if "val_loss" in line and line["step"] == member["step"] and same:
+                if line in in_stage and line["step"] == member["step"]:
                     name, old = f"epoch_{member['epoch']}", line["val_loss"]
                     line["val_loss"] = readouts[name] = loss
                     self.replace(rf"(\| step {line['step']}/\d+ \| val ){old:.4f}", rf"\g<1>{loss:.4f}")

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, golden
 
 import prepare_data
 from prepare_data import ByteTokenizer, main, prepare, retrying
@@ -412,3 +412,43 @@ def test_killed_while_writing(tmp_path):
     assert len(left) == 1 and left[0].name.startswith(".preparing-")
     assert main(["--source=demo", f"--data-dir={tmp_path / 'data'}", "--train-tokens=50000"]) == 0
     assert len(list((tmp_path / "data").iterdir())) == 4
+
+
+class GoldenTokenizer:
+    """Looks up the golden tokens of each golden document, so that a test of the files needs no vocabulary."""
+
+    name, vocab_size, bos_id = "gpt2", 50257, 50256
+
+    def __init__(self, expected: dict):
+        self.tokens, documents = {}, iter(expected["documents"])
+        for split in ("val", "train"):
+            starts, tokens = expected[split]["doc_starts"], expected[split]["tokens"]
+            for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+                self.tokens[next(documents)] = np.array(tokens[start + 1 : end], dtype=np.uint32)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.tokens.get(text, np.zeros(0, dtype=np.uint32))
+
+    def token_bytes(self) -> list[int]:
+        return [1] * 50257
+
+
+def check_golden_splits(tokenizer, folder: Path) -> None:
+    expected = golden("shards")
+    budgets = {split: expected[f"{split}_tokens"] for split in ("val", "train")}
+    origin = {"source": "golden", "revision": "0"}
+    meta = prepare(expected["documents"], tokenizer, budgets, folder, origin, 2)
+    for split in budgets:
+        content = torch.load(folder / f"fineweb_{split}.pt", weights_only=True)
+        assert content["tokens"].tolist() == expected[split]["tokens"]
+        assert content["doc_starts"].tolist() == expected[split]["doc_starts"]
+        assert meta["splits"][split]["sha256"] == expected[split]["sha256"], "the file's bytes differ"
+
+
+def test_golden_splits_from_golden_tokens(tmp_path):
+    check_golden_splits(GoldenTokenizer(golden("shards")), tmp_path)
+
+
+def test_golden_splits_from_golden_documents(tmp_path, gpt2):
+    """With the real tokenizer."""
+    check_golden_splits(gpt2, tmp_path)

@@ -19,6 +19,8 @@ import unlimited.train as unlimited
 from records import instruments, leaderboard, referee, submit
 from slowrun.data import unread_split
 from slowrun.machine import GIB
+from slowrun.plan import Sizes, StepPlan
+from slowrun.rules import OFFICIAL_TRAIN_TOKENS
 from tools import bench
 
 README = (ROOT / "README.md").read_text()
@@ -78,12 +80,25 @@ def test_names_in_the_code_exist(readme):
 
 
 def test_the_scripts_have_the_same_sections():
-    """So that a difference of two tracks shows the science."""
+    """So that a difference of two tracks shows the science; the model of the root track is in a file of its own."""
     sections = {}
     for track in (train, tiny, two_hour, unlimited):
-        titles = re.findall(r"^# =+\n# ([\w ]+)", Path(track.__file__).read_text(), re.MULTILINE)
-        sections[track.TRACK] = titles
-    assert len(sections["limited"]) > 5 and all(titles == sections["limited"] for titles in sections.values())
+        sections[track] = re.findall(r"^# =+\n# (\w+(?: \w+)*)", Path(track.__file__).read_text(), re.MULTILINE)
+    of_all = ["Config", "Optimizer", "Schedules", "Data order", "Training step", "Readout", "main"]
+    assert sections[train] == of_all
+    assert sections[tiny] == sections[two_hour] == ["Config", "Model", *of_all[1:]]
+    assert sections[unlimited] == ["Config", "Model", *of_all[1:5], "Chain", "Selection", *of_all[5:]]
+
+
+def test_the_map_is_complete():
+    """Every script and folder of the repository is on it, and fits on a screen."""
+    block = README.split("## Repository")[1].split("```")[1]
+    listed = set(re.findall(r"^([\w./]+)", block, re.MULTILINE))
+    there = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if not path.name.startswith((".", "_"))}
+    scripts = {name for name in there if name.endswith(".py")} | {"slowrun/", "records/", "tests/", "tools/"}
+    scripts |= {f"{folder}/train.py" for folder in ("tiny", "two_hour", "unlimited")}
+    assert listed - {"Makefile"} == scripts and len(block.splitlines()) < 25
+    assert all((ROOT / path).exists() for path in listed)
 
 
 def test_the_table_of_the_instrument_is_complete():
@@ -115,14 +130,33 @@ def test_the_figures_of_the_defaults():
     assert f"**Cap**: {config.time_cap_min:g} minutes" in text and f"every {config.checkpoint_min:g} minutes" in text
 
 
+def count(track, dtype: torch.dtype = torch.bfloat16, **changes) -> tuple[StepPlan, Sizes]:
+    """The plan and the sizes of a run on the official data."""
+    config = track.Config(**changes)
+    return track.make_plan(config, unread_split(OFFICIAL_TRAIN_TOKENS)), track.count_sizes(config, dtype)
+
+
+def memory_gib(track, dtype: torch.dtype = torch.bfloat16, **changes) -> tuple[float, float]:
+    """What one process needs without its activations, and with them."""
+    plan, sizes = count(track, dtype, **changes)
+    stages = plan.stages.values()
+    static = max(sizes.static_bytes(1, stage) for stage in stages)
+    return static / GIB, max(sum(sizes.held_bytes(1, stage).values()) for stage in stages) / GIB
+
+
 def test_the_memory_that_the_script_counts():
     def gib(track, dtype, **changes) -> list[str]:
-        return [f"{value:.0f} GiB" for value in track.memory_gib(track.Config(**changes), 1, dtype)[1:]]
+        return [f"{value:.0f} GiB" for value in memory_gib(track, dtype, **changes)]
 
     (static, needed), (_, small) = gib(train, torch.bfloat16), gib(train, torch.bfloat16, device_batch=1)
     assert f"counts {static} for weights, gradients and optimizer and estimates {needed} in all" in README
     assert f"in smaller passes: {small} by the same" in README
     assert f"would need {gib(train, torch.float32)[1]} in float32" in README
+    plan, sizes = count(train)
+    assert f"a run is {plan.flops[-1] / 1e18:.1f} EFLOP" in README
+    gigabytes = sizes.checkpoint_bytes / 1e9, sizes.member_bytes / 1e9, sizes.disk_bytes(True) / 1e9
+    disk = "a checkpoint takes about {:.0f} GB and a member of the readout {:.1f} GB: a run needs up to {:.0f} GB"
+    assert disk.format(*gigabytes) in README
     (_, needed), (_, small) = gib(tiny, torch.bfloat16), gib(tiny, torch.bfloat16, device_batch=4)
     assert f"The tiny track takes {needed}," in README
     text = (ROOT / "tiny/README.md").read_text()
@@ -135,18 +169,17 @@ def test_the_figures_of_the_two_hour_track():
     assert f"dropout {c.dropout} and stochastic depth {c.stochastic_depth}" in text and not c.meta_gradient
     assert f"layer replay from epoch {c.replay_from_epoch}, cycles" in text and f"over the last {c.swa_epochs} " in text
     assert f"of the last {c.readout_epochs} epochs, averaged" in text and f"`{c.window_schedule}`" in text
-    stages = [f"({s.short}, {s.long}) " for s in c.window_stages]
+    stages = [f"{s.windows} " for s in c.window_stages]
     assert all(stage in text for stage in stages)
-    needed, small = (two_hour.memory_gib(two_hour.Config(device_batch=n), 1, torch.bfloat16)[2] for n in (0, 1))
+    (_, needed), (_, small) = memory_gib(two_hour), memory_gib(two_hour, device_batch=1)
     assert f"takes {needed:.0f} GiB by the script's own estimate, {small:.0f} GiB with `--device-batch 1`" in text
-    member, checkpoint = two_hour.disk_gib(c, torch.bfloat16)
+    plan, sizes = count(two_hour)
+    member, checkpoint = sizes.member_bytes / GIB, sizes.checkpoint_bytes / GIB
     assert f"weights of {c.readout_epochs} epochs for the readout, {member:.3g} GiB each" in text
     assert f"the last two checkpoints, {checkpoint:.3g} GiB each" in text
-    in_all = f"up to {c.readout_epochs * member + 3 * checkpoint:.3g} GiB."
-    assert in_all in text and f"In the end {c.readout_epochs * member:.3g} GiB stay" in text
-    plan = two_hour.Plan(c, 48804)
-    flops = sum(two_hour.flops_per_token(c, **two_hour.stage(plan, s)) for s in range(plan.num_steps)) * c.batch_tokens
-    assert f"a run is {flops / 1e18:.1f} EFLOP" in text
+    assert f"up to {sizes.disk_bytes(True) / GIB:.3g} GiB." in text
+    assert f"In the end {c.readout_epochs * member:.3g} GiB stay" in text
+    assert f"a run is {plan.flops[-1] / 1e18:.1f} EFLOP" in text
 
 
 def test_the_other_ensemble_is_accepted():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import V
+from conftest import V, golden_split
 
 from slowrun.data import load_split, token_bytes
 from slowrun.scoring import EvalSet, data_efficiency, mix_probabilities
@@ -135,3 +135,13 @@ def test_data_efficiency():
     assert data_efficiency(3.703) == 2.0 and data_efficiency(2.892) == 20.0
     assert data_efficiency(3.7031) == "< 2x" and data_efficiency(2.8919) == "> 20x"
     assert data_efficiency(math.nan) == "< 2x"
+
+
+def test_sequences_are_scored_in_the_golden_order():
+    split, expected = golden_split()
+    world = World(0, 1, torch.device("cpu"))
+    eval_set = EvalSet(split, expected["sequence_len"], max_sequences=10**6, batch=4, world=world, lengths=None)
+    found = eval_set.sequences.numpy()
+    assert len(found) == expected["validation"]["num_sequences"]
+    figures = [[int(s[0]), int(s[-1]), int(s.astype(np.int64).sum())] for s in found[:40]]
+    assert figures == expected["validation"]["order"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_figures, golden, set_golden_parameters
+from conftest import assert_figures, golden, golden_split, set_golden_parameters
 
 import two_hour.train as track
 from slowrun.data import Split
@@ -212,6 +212,70 @@ def test_a_stage_sees_its_windows():
         differs = (before != after).flatten(2).any(-1)
         assert differs[:, : reach + 1].all()
         assert not differs[:, reach + 1 :].any()
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@torch.no_grad()
+def test_predictions_do_not_depend_on_what_comes_later(replay):
+    """Nor on other sequences, nor on the length of the input, whatever the windows."""
+    gold, position = Golden("two_hour", torch.float64), 17
+    model = gold.train.model.eval()
+    tokens, targets = gold.batch(1)
+    changed = tokens.clone()
+    changed[0, position:] = (changed[0, position:] + 1) % 97
+    for windows in ((4, 12), (12, 28), (20, 32)):
+        before, after = (model.log_probs(t, windows, replay) for t in (tokens, changed))
+        assert torch.equal(before[0, :position], after[0, :position])
+        assert torch.equal(before[1], after[1])
+        assert not torch.allclose(before[0, position], after[0, position])
+        for length in (1, 5, 16, 17):
+            torch.testing.assert_close(model.log_probs(tokens[:, :length], windows, replay), before[:, :length])
+        torch.testing.assert_close(before.exp().sum(-1), torch.ones(2, 32).double())
+        losses = model.token_losses(tokens, targets, windows, replay)
+        torch.testing.assert_close(losses, -before.gather(-1, targets[..., None])[..., 0])
+
+
+def test_counts_of_the_record():
+    """The model is that of the limited track; so are its operations where windows are of T / 2 and T."""
+    config = track.Config()
+    assert track.count_sizes(config, torch.bfloat16).parameters == 1_443_722_775
+    names = list(track.init_masters(config, torch.bfloat16, torch.device("meta")))
+    assert track.moved_names(config, names) == []
+    assert len(track.moved_names(track.Config(meta_gradient=True), names)) == 279
+    heads, attention = 6 * 2 * 50304 * 1792, 12 * 1792 * (22 * (1024 - 1024**2 / 4096) + 9 * 1024)
+    flops = track.flops_per_token(config, (1024, 2048), False)
+    assert (flops - heads - attention) * 65536 == pytest.approx(497e12, rel=2e-3)
+
+
+def test_initial_weights_and_their_order_are_those_of_the_limited_track():
+    """Checkpoints and seeds of earlier runs depend on it."""
+    gold = Golden("limited", torch.float64)
+    torch.manual_seed(7)
+    masters = track.init_masters(gold.config, torch.float64, CPU)
+    torch.manual_seed(7)
+    for name, master in masters.items():
+        drawn = torch.empty_like(master)
+        kind = name.removesuffix(".weight").split(".")[-1]
+        if name.startswith("ve_projs.") or kind in ("c_q", "c_k", "c_v", "c_gate", "c_fc", "mtp_proj"):
+            assert torch.equal(master, drawn.uniform_(-((3 / 32) ** 0.5), (3 / 32) ** 0.5)), name
+        elif kind in ("wte", "lm_head", "c_proj"):
+            std = {"wte": 1.0, "lm_head": 0.001, "c_proj": 1 / 32**0.5}[kind]
+            assert torch.equal(master, drawn.normal_(std=std)), name
+        elif kind.endswith("_mix"):
+            assert torch.equal(master, torch.eye(2).double()), name
+        else:
+            start = {"resid_lambdas": 1.0, "x0_lambdas": 0.1, "skip_weights": 1.0}.get(kind, 0.0)
+            assert torch.equal(master, drawn.fill_(start)), name
+
+
+def test_order_of_the_data():
+    split, expected = golden_split()
+    T = expected["sequence_len"]
+    windows = f"1-22:{T // 2},{T}"
+    config = track.Config(sequence_len=T, window_schedule=windows, micro_batch=4, batch_tokens=8 * 4 * T)
+    for epoch, order in expected["train_epochs"]["order"].items():
+        sequences = track.epoch_sequences(config, split, int(epoch))[: len(order)]
+        assert [[int(s[0]), int(s[-1]), int(s.astype(np.int64).sum())] for s in sequences] == order
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
