@@ -9,9 +9,20 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slowrun import kernels
-from slowrun.kernels import Kernel, attend, attention_error, check_kernels, choose_attention, dropout
-
-from slowrun.kernels import HeadLoss, capped_cross_entropy, fp8_product, soft_cap, to_fp8  # isort: skip
+from slowrun.kernels import (
+    HeadLoss,
+    Kernel,
+    attend,
+    attention_error,
+    capped_cross_entropy,
+    check_kernels,
+    choose_attention,
+    dropout,
+    fp8_product,
+    slower_kernels,
+    soft_cap,
+    to_fp8,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -289,8 +300,8 @@ def test_check_kernels():
     def too_large() -> float:
         raise torch.OutOfMemoryError("out of memory")
 
-    plain = Kernel("attention", "sdpa", "sdpa", 0.05, never)
-    head = partial(Kernel, "head", "fp8", "plain", 0.2)
+    plain = Kernel("attention", "sdpa", plain="sdpa", fast="varlen", limit=0.05, error=never)
+    head = partial(Kernel, "head", "fp8", "plain", "fp8", 0.2)
     assert check_kernels([]) == {}
     assert check_kernels([plain, head(lambda: 0.1)]) == {"attention": 0.0, "head": 0.1}
     for error in (0.2, 3.0, float("nan")):
@@ -300,10 +311,12 @@ def test_check_kernels():
         check_kernels([head(fail)])
     with pytest.raises(torch.OutOfMemoryError):  # smaller batches help, other kernels do not
         check_kernels([head(too_large)])
+    assert slower_kernels([head(never)]) == ""
+    assert slower_kernels([plain, head(never)]).startswith("slower than varlen: --attention varlen says why")
 
 
 def test_a_kernel_that_is_missing_says_what_to_use_instead():
     """Flash attention on a device that does not have it."""
     error = partial(attention_error, "varlen", (16, 2, 16), [(8, None)], CPU)
     with pytest.raises(ValueError, match=r"attention varlen fails here \(.+\): use --attention sdpa"):
-        check_kernels([Kernel("attention", "varlen", "sdpa", 0.05, error)])
+        check_kernels([Kernel("attention", "varlen", "sdpa", "varlen", 0.05, error)])

@@ -296,7 +296,7 @@ def test_nothing_compiles_after_the_warm_up(monkeypatch):
     train = track.Training(config, World(0, 1, CPU), torch.float32, {}, compiled=True)
     tokens = np.random.RandomState(0).randint(0, 96, 33 * 16 * 6).astype(np.uint16)
     plan = track.make_plan(config, Split(tokens, np.zeros(1, dtype=np.int64), 43, ""))
-    names = ["windows 4/12", "windows 12/28", "windows 12/28, replay", "windows 20/32, replay"]
+    names = ["windows_4_12", "windows_12_28", "windows_12_28_replay", "windows_20_32_replay"]
     assert list(plan.labels.values()) == names
     before = {name: p.clone() for name, p in train.masters.items()}
     train.warm_up([track.schedule(config, step, plan) for step in plan.stages])
