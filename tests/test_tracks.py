@@ -42,8 +42,8 @@ from slowrun.data import load_split, unread_split
 MIXING = {"limited": "probability", "tiny": "weight", "two_hour": "probability"}
 STAGES = {  # what begins with the second epoch, and what the metrics say of it
     "limited": ("replay", {"replay": False}, {"replay": True}),
-    "tiny": ("two passes", {"passes": 1}, {"passes": 2}),
-    "two_hour": ("windows 12/28, replay", {"windows": [4, 12]}, {"windows": [12, 28]}),
+    "tiny": ("two_passes", {"passes": 1}, {"passes": 2}),
+    "two_hour": ("windows_12_28_replay", {"windows": [4, 12]}, {"windows": [12, 28]}),
 }
 
 
@@ -303,8 +303,8 @@ def test_importing_the_scripts_does_nothing(tmp_path):
 
 EXPECTED = {  # parts of official plans: steps, stages, and the step that each begins with
     "limited": (2097, {"plain": 1, "replay": 1145}),
-    "tiny": (2850, {"one pass": 1, "two passes": 1996}),
-    "two_hour": (4194, {"windows 256/768": 1, "windows 768/1792": 1145, "windows 1280/2048, replay": 2480}),
+    "tiny": (2850, {"one_pass": 1, "two_passes": 1996}),
+    "two_hour": (4194, {"windows_256_768": 1, "windows_768_1792": 1145, "windows_1280_2048_replay": 2480}),
 }
 
 
