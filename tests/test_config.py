@@ -247,7 +247,7 @@ def test_records_that_cannot_be_trained(script):
     for content, message in (
         ({"settings": {"n_layers": 3}}, "sets n_layers, which this script does not have"),
         ({}, "it lacks settings"),
-        ({"settings": []}, "its settings are no JSON object"),
+        ({"settings": []}, "its settings are not a JSON object"),
         ({"settings": {"mlp": "relu"}}, "sets mlp to 'relu': it must be relu2 or swiglu"),
         ({"settings": {"n_layer": "3"}}, "sets n_layer to '3': it must be of type int"),
         ({"settings": {"n_layer": 3.0}}, "sets n_layer to 3.0: it must be of type int"),

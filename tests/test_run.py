@@ -396,7 +396,7 @@ def test_a_disk_that_is_too_small_is_refused(paths, folder, monkeypatch):
     error = refusal(toy, flags(**paths | sizes))
     assert f"GiB in {folder} (weights for the readout, 2 x {member / 2**30:.3g} GiB, and three checkpoints" in error
     assert error.endswith("make space, or choose another --runs-dir") and not Path(paths["runs_dir"]).exists()
-    assert "no checkpoints, so --resume would begin anew" in refusal(
+    assert "no checkpoints, so --resume would start over" in refusal(
         toy, flags(**paths, layers=10**6, checkpoints=False)
     )
     disk.free += 1
@@ -641,7 +641,7 @@ def test_a_run_without_checkpoints(paths, folder, capsys):
     assert not list((folder / "checkpoints").iterdir())
     printed = capsys.readouterr().out
     assert "stopped by SIGTERM after step 8, which --no-checkpoints did not save" in printed
-    assert f"--resume {folder} begins anew" in printed
+    assert f"--resume {folder} starts over" in printed
     assert run_main(toy, ["--resume", str(folder)]) == 0
     assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
     assert_same_outcome(folder, folder.with_name("reference"))
