@@ -452,7 +452,7 @@ def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
 
 
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
-    """1 for 40% of the steps, then linear down to 0.65 where the cycles begin; in each cycle linear up to 1.5."""
+    """1 for 40% of the steps, then linearly down to 0.65 where the cycles begin; in each cycle linearly up to 1.5."""
     if not config.decay_schedule:
         return 1.0
     position = swa_cycle(config, step, num_steps)
@@ -819,7 +819,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
     @torch.no_grad()
     def log_probs(member: dict, tokens: Tensor) -> Tensor:
         if loaded[-1] is not member:
-            raise ValueError("the next member has taken this one's place: use them one at a time")
+            raise ValueError("the next member is loaded in its place: use members one at a time")
         return model.log_probs(tokens.to(device), **final["stage"]).float()
 
     for member in final["members"]:

@@ -1,4 +1,4 @@
-"""The instrument: what every result is measured with, and the plumbing that no one wants to read in a record.
+"""The instrument, with which every result is measured, and a library of what all scripts need.
 
     session   a run from its command line to its result: what a script's main calls
     folder    the run folder: atomic writes, log, metrics, lock, checkpoints, curve

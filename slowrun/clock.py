@@ -1,4 +1,4 @@
-"""What is timed, and the decision about the cap."""
+"""The clock: what is timed, and the decision about the cap."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 
 
 class Clock:
-    """train_time_s: the time of the optimizer steps, which is data, forward, backward, optimizer and weight averaging.
+    """Counts train_time_s: the time of the optimizer steps, with data, forward, backward, optimizer and averages.
 
     It runs from the first step to the last. Only the session stops it, for validation and checkpoints, once the device
     has finished the steps before; what a script does between two calls of the session is counted.

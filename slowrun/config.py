@@ -76,7 +76,7 @@ def as_flags(settings: dict) -> list[str]:
 
 
 def require_at_least(config: RunConfig, field: str, least: float) -> None:
-    """ValueError if a field is smaller."""
+    """Check that a field is not smaller than `least` (ValueError)."""
     value = getattr(config, field)
     if not value >= least:
         raise ValueError(f"{flag_of(field)} is {value}: it must be at least {least}")
@@ -207,7 +207,7 @@ def parse_flags(
             print(list_records(records_folder(track, script)))
         raise SystemExit(0)
     if resume is not None and (record is not None or plan is not None):
-        raise ValueError("--record and --plan are for a new run: --resume goes on with the run's own settings")
+        raise ValueError("--record and --plan are for a new run: --resume continues with the run's settings")
     settings = {}
     if record is not None:
         settings = read_record(config_class, records_folder(track, script), record)

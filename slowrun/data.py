@@ -105,7 +105,7 @@ def load_split(data_dir: str, split: str, vocab_size: int, sequence_len: int) ->
 
 
 def check_hash(path: Path, split: str, sha256: str, meta: dict) -> None:
-    """ValueError if a file is not the one that meta.json describes."""
+    """Check that a file is the one that meta.json describes (ValueError)."""
     if split not in meta["splits"]:
         raise ValueError(f"{path} is not in meta.json: delete it, or {PREPARE_AGAIN}")
     expected = meta["splits"][split]["sha256"]

@@ -342,7 +342,7 @@ class Session:
             parts += "; no checkpoints, so --resume would start over"
         text = f"up to {needed / GIB:.3g} GiB in {folder} ({parts}); {free / GIB:.3g} GiB are free"
         if needed - present > free:
-            text += f", and {present / GIB:.3g} GiB of it are there" if present else ""
+            text += f", and {present / GIB:.3g} GiB of it are there already" if present else ""
             raise ValueError(f"the run needs {text}: make space, or choose another --runs-dir")
         return text
 
@@ -485,7 +485,7 @@ class Session:
         self.log(f"resumed at step {self.step}/{self.plan.num_steps}, after {seconds:.1f} s of training")
 
     def _check_members(self, members: list[dict]) -> None:
-        """ValueError if weights of the readout are not as they were saved.
+        """Check that the weights of the readout are as they were saved (ValueError).
 
         Those of a child are hashed when they are read out; until then, what is missing is left out.
         """
@@ -684,7 +684,7 @@ class Session:
         """Close the run -> exit code. failure: why the result is not saved, if it is not."""
         if failure:
             folder = self.folder.path
-            self.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
+            self.log(f"the result is NOT saved ({failure}): make space, then continue with --resume {folder}")
         self.close()
         return 1 if failure else 0
 
@@ -881,7 +881,7 @@ class Session:
         failure = ""
         if self.world.is_main:
             failure = self._save_members() or self.folder.save_checkpoint(tensors, self._checkpoint_info())
-            outcome = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
+            outcome = f"NOT saved: {failure}. The run continues, and earlier checkpoints stay" if failure else "saved"
             self.log(f"checkpoint at step {self.step} {outcome}, in {time.monotonic() - started:.1f} s")
             if not failure:
                 self._delete_dropped_members()
@@ -943,7 +943,7 @@ class Session:
             self.log(f"{stopped}; resume with: {command}")
         else:
             kept = self.folder.checkpoints()
-            begins = f"goes on from step {int(kept[-1].stem[5:])}" if kept else "starts over"
+            begins = f"continues from step {int(kept[-1].stem[5:])}" if kept else "starts over"
             self.log(f"{stopped}, which --no-checkpoints did not save: {command} {begins}")
         self.close()
         return 0 if self.config.checkpoints and not self.save_failure else 1

@@ -109,7 +109,7 @@ class World:
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
     def check_groups(self, group_size: int, flag: str = "a group size of") -> None:
-        """ValueError if the processes cannot form groups of this size that divide the virtual ranks.
+        """Check that the processes can form groups of this size that divide the virtual ranks (ValueError).
 
         flag: what sets the size, for the message.
         """

@@ -243,7 +243,7 @@ def test_records_that_cannot_be_trained(script):
 
     assert refusal("--record=3") == "--record 3: the limited track has settings of 1, 2; see --list-records"
     for flag in ("--record=1", "--plan=p.json"):
-        assert "--record and --plan are for a new run: --resume goes on with" in refusal(flag, "--resume=runs/x")
+        assert "--record and --plan are for a new run: --resume continues with" in refusal(flag, "--resume=runs/x")
     for content, message in (
         ({"settings": {"n_layers": 3}}, "sets n_layers, which this script does not have"),
         ({}, "it lacks settings"),

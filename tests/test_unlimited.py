@@ -893,7 +893,7 @@ def test_a_damaged_checkpoint_of_any_chain_is_found_at_the_start(base, folder, m
     other.mkdir(parents=True)
     capsys.readouterr()
     assert run(["--resume", str(folder)]) == 2
-    said = f"{newest.with_suffix('.json')} is damaged, or what it tells of: delete it to resume chain 0"
+    said = f"{newest.with_suffix('.json')} or its tensors are damaged: delete it to resume chain 0"
     assert said in capsys.readouterr().err
     newest.with_suffix(".json").unlink()
     assert run(["--resume", str(folder)]) == 0 and len(members_of(folder)) == 4

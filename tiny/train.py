@@ -848,7 +848,7 @@ def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
 
 
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
-    """Constant, then linear down to decay_low, then linear up to decay_end; relative to config.weight_decay."""
+    """Constant, linearly down to decay_low, then linearly up to decay_end; relative to config.weight_decay."""
     if not config.decay_schedule:
         return 1.0
     hold_until = round(config.decay_hold_epochs * num_steps / config.num_epochs)
@@ -877,7 +877,7 @@ def num_passes(config: Config, step: int, num_steps: int) -> int:
 
 
 def ema_decay(config: Config, num_steps: int) -> float:
-    """What an update leaves of the EMA of the weights."""
+    """The factor on the EMA of the weights in an update of it."""
     return config.ema_epoch_decay ** (config.ema_every * config.num_epochs / num_steps)
 
 
@@ -1139,7 +1139,7 @@ def average_weights(members: Iterable[tuple[float, dict[str, Tensor]]]) -> dict[
 
 
 def unbiased_ema(run: Session, train: Training) -> dict[str, Tensor]:
-    """The EMA of the masters, in their dtypes. It started from zero, which the division corrects."""
+    """The EMA of the masters, in their dtypes. It started from zero; the division corrects for that."""
     updates = math.ceil(run.step / run.config.ema_every)
     total_weight = 1 - ema_decay(run.config, run.plan.num_steps) ** updates
     ema = train.shards.gather_state("ema")
@@ -1147,7 +1147,7 @@ def unbiased_ema(run: Session, train: Training) -> dict[str, Tensor]:
 
 
 def averages(run: Session, train: Training, recency: dict[str, float]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The weights that are read out, by name, made one after the other; the declared ones come last.
+    """The averages that are read out, as (name, weights), made one after the other; the declared one comes last.
 
     recency: the weights of the members, by name.
     """

@@ -408,7 +408,7 @@ def yarn(head_dim: int, long_windows: Sequence[int]) -> tuple[np.ndarray, float]
 
 
 def yarn_at(config: Config, long_window: int) -> tuple[np.ndarray, float]:
-    """What yarn returns for the stages with this long window, which never shrinks."""
+    """The result of yarn for the stages with this long window, which never shrinks."""
     long_windows = [stage.windows[1] for stage in config.window_stages if stage.windows[1] <= long_window]
     return yarn(config.n_embd // config.n_head, long_windows)
 
@@ -899,7 +899,7 @@ def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
 
 
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
-    """1 for 40% of the steps, then linear down to 0.65 where the cycles begin; in each cycle linear up to 1.5."""
+    """1 for 40% of the steps, then linearly down to 0.65 where the cycles begin; in each cycle linearly up to 1.5."""
     if not config.decay_schedule:
         return 1.0
     position = swa_cycle(config, step, num_steps)
@@ -1258,7 +1258,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
     @torch.no_grad()
     def log_probs(member: dict, tokens: Tensor) -> Tensor:
         if loaded[-1] is not member:
-            raise ValueError("the next member has taken this one's place: use them one at a time")
+            raise ValueError("the next member is loaded in its place: use members one at a time")
         return model.log_probs(tokens.to(device), **final["stage"]).float()
 
     for member in final["members"]:

@@ -272,7 +272,7 @@ def check_readout(c: Config) -> None:
     if c.selection == "learned" and c.average == "logit":
         raise ValueError("--average logit needs --selection uniform: weights are learned for averaged probabilities")
     if c.selection == "uniform" and c.keep:
-        raise ValueError("--keep needs --selection learned: what goes is chosen by its weight")
+        raise ValueError("--keep needs --selection learned: snapshots are dropped by their weight")
     if c.leave_out_first and c.cycles == 1:
         raise ValueError("--leave-out-first leaves nothing of a single cycle: raise --cycles")
 
@@ -1611,7 +1611,7 @@ def unfinished_chains(run: Session) -> list[int]:
         sha256 = read_json(newest, {"sha256"}, advice)["sha256"]
         tensors = newest.with_suffix(".pt")
         if not tensors.exists() or sha256_file(tensors) != sha256:
-            raise ValueError(f"{newest} is damaged, or what it tells of: {advice}")
+            raise ValueError(f"{newest} or its tensors are damaged: {advice}")
     return [] if c.select_only else numbers
 
 
@@ -1674,7 +1674,7 @@ def learn_weights(probabilities: Tensor) -> Tensor:
 
 
 def weights_of_nats(nats: list[Tensor]) -> Tensor:
-    """learn_weights from the losses (n, T) of each member on the fitness set -> (M,)."""
+    """The weights (M,) that learn_weights finds, from the losses (n, T) of each member on the fitness set."""
     return learn_weights(torch.stack([(-member.double().flatten()).exp() for member in nats]))
 
 
@@ -1719,7 +1719,7 @@ def weigh(run: Session, candidates: list[dict]) -> tuple[list[float], dict[int, 
     """
     M = len(candidates)
     if not M:
-        raise ValueError(f"{run.folder.path} has no snapshot to read out: train it on, with --resume")
+        raise ValueError(f"{run.folder.path} has no snapshot to read out: continue its training with --resume")
     if run.config.selection == "uniform":
         equal = [1 / M] * M
         return equal, {M: equal}
@@ -2021,7 +2021,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
     @torch.no_grad()
     def log_probs(member: dict, tokens: Tensor) -> Tensor:
         if loaded[-1] is not member:
-            raise ValueError("the next member has taken this one's place: use them one at a time")
+            raise ValueError("the next member is loaded in its place: use members one at a time")
         return model.log_probs(tokens.to(device), **final["stage"]).float()
 
     for member in final["members"]:
@@ -2152,7 +2152,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{run.folder.path} is not seen by all processes: --runs-dir must be on a shared disk")
     if num_groups > c.chains:
         idle = (num_groups - c.chains) * group_size
-        run.log(f"WARNING: {idle} processes have nothing to train: fewer machines, or more --processes-per-chain")
+        run.log(f"WARNING: {idle} processes have nothing to train: use fewer machines, or raise --processes-per-chain")
 
     # The chains of this group, one after the other
     unfinished = run.world.on_main(unfinished_chains, run)
