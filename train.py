@@ -105,10 +105,10 @@ class Config(RunConfig):
     head_gates: bool = True  # a gate on the output of each attention head
     head_mixes: bool = True  # interleaved head attention
     exclusive: bool = False  # exclusive self-attention
-    proj_init: Literal["normal", "zero"] = "normal"  # how every c_proj starts
+    proj_init: Literal["normal", "zero"] = "normal"  # initial values of every c_proj
     row_norm: bool = True  # normalize the rows of Muon's updates before they are orthogonalized
     decay_schedule: bool = True  # let the weight decay fall and rise; else it is constant
-    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # how the learning rate falls
+    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # shape of the learning rate's fall
     shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what each epoch shuffles
     readout: Literal["average", "last", "ema"] = "average"  # of epochs; the last weights; 0.7 of them, 0.3 of their EMA
 
@@ -157,13 +157,13 @@ class Config(RunConfig):
         return {"average": self.readout_epochs, "last": 1, "ema": 0}[self.readout]
 
     def window(self, layer: int) -> int:
-        """How many earlier positions a layer attends to, at most. Layer L is the block of multi-token prediction."""
+        """The number of earlier positions that a layer attends to, at most. Layer L is the block of multi-token prediction."""
         is_last = layer >= self.n_layer - 1
         letter = self.window_pattern[layer % len(self.window_pattern)]
         return self.sequence_len if is_last or letter == "L" else self.sequence_len // 2
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer has one, counted from the last."""
+        """Whether a layer has a value embedding: every second one, counted from the last."""
         return layer % 2 == (self.n_layer - 1) % 2
 
     def layer_order(self, replay: bool) -> list[int]:
@@ -256,7 +256,7 @@ class Group:
 
     @property
     def layout(self) -> Literal["stacked", "flat"]:
-        """How the masters are sharded: Muon needs whole matrices; AdamW works on elements."""
+        """The layout of the shards: Muon needs whole matrices; AdamW works on elements."""
         return "stacked" if self.method == "muon" else "flat"
 
 
@@ -474,7 +474,7 @@ def meta_step(config: Config, step: int, num_steps: int) -> float:
 
 
 def ema_weight(config: Config, step: int, num_steps: int) -> float:
-    """What the weights after a step contribute to their EMA, for a readout that needs it; 0 when it is not updated.
+    """The coefficient of the weights after a step in their EMA, for a readout that needs it; 0 if it is not updated.
 
     It starts as a copy of them after 90% of the steps, and then takes 5% every 10 steps.
     """
@@ -845,7 +845,7 @@ def short_runs(config: Config) -> dict[str, dict]:
 
 
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
-    """What the run needs of memory and disk, from the shapes alone."""
+    """The memory and disk that the run needs, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
     shards = make_shards(config, masters, World(0, 1, torch.device("meta")))
     elements = {name: p.numel() for name, p in masters.items()}

@@ -343,7 +343,7 @@ class RunFolder:
 
 
 def wandb_mode(wanted: str) -> str:
-    """How Weights & Biases runs, by the setting and its environment variables: online, offline or off."""
+    """The mode of Weights & Biases, by the setting and its environment variables: online, offline or off."""
     mode = wanted
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"

@@ -80,7 +80,7 @@ class Sizes:
     padded_vocab: int
     n_embd: int
     member_bytes: int  # of weights that are kept for the readout
-    members: int  # how many are kept
+    members: int  # that are kept
     frozen_parameters: int = 0  # of a second model, which only predicts; checkpoints hold it as a member
     score_bytes: int = 0  # of losses that are kept on the disk
     models: int = 1  # that are trained at the same time, each with its checkpoints

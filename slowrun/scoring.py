@@ -86,7 +86,7 @@ def mix_probabilities(nats: Sequence[Tensor], weights: Sequence[float]) -> Tenso
 
 
 def data_efficiency(loss: float) -> float | str:
-    """How many times 100M tokens a standard pretraining run needs for this loss.
+    """The tokens that a standard pretraining run needs for this loss, as a multiple of 100M.
 
     Linear between the measured losses; "< 2x" or "> 20x" outside of them.
     """

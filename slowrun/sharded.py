@@ -27,7 +27,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class Group(Protocol):
-    """What Shards needs of a script's optimizer group."""
+    """The part of a script's optimizer group that Shards needs."""
 
     names: list[str]
     layout: Literal["stacked", "flat"]

@@ -152,7 +152,7 @@ class Config(RunConfig):
 
     @property
     def exclusive_layers(self) -> int:
-        """How many of the first layers have exclusive self-attention."""
+        """The number of first layers that have exclusive self-attention."""
         return self.n_layer if self.xsa_layers < 0 else min(self.xsa_layers, self.n_layer)
 
     @property
@@ -181,13 +181,13 @@ class Config(RunConfig):
         return {"average": self.readout_epochs, "last": 1, "ema": 0}[self.readout]
 
     def window(self, layer: int) -> int:
-        """How many earlier positions a layer attends to, at most."""
+        """The number of earlier positions that a layer attends to, at most."""
         is_last = layer == self.n_layer - 1
         letter = self.window_pattern[layer % len(self.window_pattern)]
         return self.sequence_len if is_last or letter == "L" else self.sequence_len // 2
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer has one, counted from the last."""
+        """Whether a layer has a value embedding: every second one, counted from the last."""
         return layer % 2 == (self.n_layer - 1) % 2
 
 
@@ -669,7 +669,7 @@ class Group:
 
     @property
     def layout(self) -> Literal["stacked", "flat"]:
-        """How the masters are sharded: Muon needs whole matrices; AdamW works on elements."""
+        """The layout of the shards: Muon needs whole matrices; AdamW works on elements."""
         return "stacked" if self.method == "muon" else "flat"
 
 
@@ -882,7 +882,7 @@ def ema_decay(config: Config, num_steps: int) -> float:
 
 
 def ema_weight(config: Config, step: int, num_steps: int) -> float:
-    """What the weights after a step contribute to their EMA, which starts from zero; 0 when it is not updated."""
+    """The coefficient of the weights after a step in their EMA, which starts from zero; 0 if it is not updated."""
     return 1 - ema_decay(config, num_steps) if step % config.ema_every == 0 else 0.0
 
 
@@ -1227,7 +1227,7 @@ def short_runs(config: Config) -> dict[str, dict]:
 
 
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
-    """What the run needs of memory and disk, from the shapes alone."""
+    """The memory and disk that the run needs, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
     shards = make_shards(config, masters, World(0, 1, torch.device("meta")))
     elements = {name: p.numel() for name, p in masters.items()}

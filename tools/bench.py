@@ -425,7 +425,7 @@ MOVED = ("weights", "gradients", "optimizer", "activations", "logits")
 
 
 def help_of(place: Workplace, script: Path) -> str:
-    """What a script's --help prints; ScriptFailed if it cannot be called."""
+    """The output of a script's --help; ScriptFailed if it cannot be called."""
     if not script.exists():
         raise ScriptFailed(f"{script} is not there")
     return place.run(launch_command(script, ["--help"], 1), None, time.monotonic() + 120, **quiet_threads())

@@ -1,4 +1,4 @@
-"""Reads which module of the repository imports which, checks that no import goes up, and draws docs/imports.svg.
+"""Reads the imports between modules of the repository, checks that none goes up, and draws docs/imports.svg.
 
     python tools/imports.py           # check, and draw the picture again
     python tools/imports.py --text    # check, and print every import
@@ -87,7 +87,7 @@ def read_graph(root: Path = ROOT) -> Graph:
 
 
 def rank(module: str) -> int:
-    """How high a module stands: an import must lead to a lower one, or stay among tools or records."""
+    """The height of a module: an import must lead to a lower one, or stay among tools or records."""
     folder, _, name = module.partition(".")
     if folder != "slowrun":
         return 102 if module in TRACKS else 101 if module == "model" else 100
@@ -97,7 +97,7 @@ def rank(module: str) -> int:
 
 
 def problems(graph: Graph) -> list[str]:
-    """What is wrong with the imports, a line each; empty if nothing is."""
+    """The problems of the imports, a line each; empty if there are none."""
     found = []
     placed = {name for layer in (*LAYERS, LIBRARY) for name in layer}
     for module in sorted(graph):
@@ -116,7 +116,7 @@ def problems(graph: Graph) -> list[str]:
 
 
 def as_text(graph: Graph) -> str:
-    """Every module that imports others of the repository, from the top down."""
+    """The imports of every module, from the top down."""
     lines = []
     for module in sorted(graph, key=lambda module: (-rank(module), module)):
         if module != "slowrun":
@@ -266,7 +266,7 @@ def arrow(axes, start: tuple[float, float, float], end: tuple[float, float, floa
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: see the top of this file."""
+    """Check, and print or draw -> exit code: see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", action="store_true", help="print every import instead of drawing the picture")
     as_printed = parser.parse_args(argv).text

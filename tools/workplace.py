@@ -1,4 +1,4 @@
-"""Where tools run scripts: a temporary folder, random data in it, and processes that never outlive it."""
+"""The place where tools run scripts: a temporary folder, random data in it, and processes that never outlive it."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Config(RunConfig):
     head_mixes: bool = True  # interleaved head attention
     row_norm: bool = True  # normalize the rows of Muon's updates before they are orthogonalized
     decay_schedule: bool = True  # let the weight decay fall and rise; else it is constant
-    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # how the learning rate falls
+    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # shape of the learning rate's fall
     shuffle: Literal["documents", "micro_steps"] = "documents"  # what each epoch shuffles
 
     def __post_init__(self):
@@ -161,7 +161,7 @@ class Config(RunConfig):
         return parse_window_schedule(self.window_schedule, self.sequence_len)
 
     def window(self, layer: int, windows: tuple[int, int]) -> int:
-        """How many earlier positions a layer attends to, at most. windows: the short and the long one of a stage."""
+        """The number of earlier positions that a layer attends to, at most. windows: the short and the long one of a stage."""
         short, long = windows
         if layer == self.n_layer:  # the block of multi-token prediction
             return self.sequence_len
@@ -170,7 +170,7 @@ class Config(RunConfig):
         return long if is_last or letter == "L" else short
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer has one, counted from the last."""
+        """Whether a layer has a value embedding: every second one, counted from the last."""
         return layer % 2 == (self.n_layer - 1) % 2
 
     def layer_order(self, replay: bool) -> list[int]:
@@ -186,7 +186,7 @@ class WindowStage:
 
     first_epoch: int  # counted from 1
     last_epoch: int
-    windows: tuple[int, int]  # short and long: how many earlier positions layers attend to
+    windows: tuple[int, int]  # short and long: numbers of earlier positions that layers attend to
 
 
 def parse_window_schedule(text: str, sequence_len: int) -> list[WindowStage]:
@@ -710,7 +710,7 @@ class Group:
 
     @property
     def layout(self) -> Literal["stacked", "flat"]:
-        """How the masters are sharded: Muon needs whole matrices; AdamW works on elements."""
+        """The layout of the shards: Muon needs whole matrices; AdamW works on elements."""
         return "stacked" if self.method == "muon" else "flat"
 
 
@@ -1289,7 +1289,7 @@ def short_runs(config: Config) -> dict[str, dict]:
 
 
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
-    """What the run needs of memory and disk, from the shapes alone."""
+    """The memory and disk that the run needs, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
     shards = make_shards(config, masters, World(0, 1, torch.device("meta")))
     elements = {name: p.numel() for name, p in masters.items()}

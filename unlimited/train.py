@@ -152,7 +152,7 @@ class Config(RunConfig):
     head_gates: bool = True  # a gate on the output of each attention head
     head_mixes: bool = True  # interleaved head attention
     exclusive: bool = False  # exclusive self-attention
-    proj_init: Literal["normal", "zero"] = "normal"  # how every c_proj starts
+    proj_init: Literal["normal", "zero"] = "normal"  # initial values of every c_proj
     row_norm: bool = True  # normalize the rows of Muon's updates before they are orthogonalized
     shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what each epoch shuffles
 
@@ -191,13 +191,13 @@ class Config(RunConfig):
         return 0 < self.teach_after < self.cycles
 
     def window(self, layer: int) -> int:
-        """How many earlier positions a layer attends to, at most. Layer L is the block of multi-token prediction."""
+        """The number of earlier positions that a layer attends to, at most. Layer L is the block of multi-token prediction."""
         is_last = layer >= self.n_layer - 1
         letter = self.window_pattern[layer % len(self.window_pattern)]
         return self.sequence_len if is_last or letter == "L" else self.sequence_len // 2
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer has one, counted from the last."""
+        """Whether a layer has a value embedding: every second one, counted from the last."""
         return layer % 2 == (self.n_layer - 1) % 2
 
     def layer_order(self, replay: bool) -> list[int]:
@@ -814,7 +814,7 @@ class Group:
 
     @property
     def layout(self) -> Literal["stacked", "flat"]:
-        """How the masters are sharded: Muon needs whole matrices; AdamW works on elements."""
+        """The layout of the shards: Muon needs whole matrices; AdamW works on elements."""
         return "stacked" if self.method == "muon" else "flat"
 
 
@@ -1027,7 +1027,7 @@ def replays(config: Config, position: float) -> bool:
 
 @dataclass(frozen=True)
 class ChainPlan(StepPlan):
-    """What the steps of a chain complete. A cycle ends where an optimizer step ends, an epoch may end within one."""
+    """The plan of a chain. A cycle ends at the end of an optimizer step; an epoch may end within a step."""
 
     cycle: np.ndarray  # (N + 1,) int64, cycles completed before step s
 
@@ -1041,7 +1041,7 @@ class ChainPlan(StepPlan):
         return int(np.searchsorted(self.cycle, self.cycle[step]))
 
     def position(self, step: int) -> float:
-        """Where in its cycle a step is, from 0 to 1."""
+        """The position of a step in its cycle, from 0 to 1."""
         first = self.first_step(step)
         end = int(np.searchsorted(self.cycle, self.cycle[step] + 1))
         return (step - first) / (end - first)
@@ -1566,7 +1566,7 @@ def end_cycle(chain: Session, train: Training, number: int, cycle: int) -> None:
 
 
 def drop_lightest_member(chain: Session) -> None:
-    """If the chain has more snapshots than are kept, drop the one of least weight in it, but not the newest."""
+    """Drop the snapshot of least weight, except the newest, if the chain has more than are kept."""
 
     def lightest() -> str:
         nats = []
@@ -2046,7 +2046,7 @@ def short_runs(config: Config) -> dict[str, dict]:
 
 
 def count_sizes(config: Config, dtype: torch.dtype, splits: dict[str, Split], num_groups: int) -> Sizes:
-    """What the run needs of memory and disk, from the shapes alone. splits: those whose losses are kept."""
+    """The memory and disk that the run needs, from the shapes alone. splits: those whose losses are kept."""
     masters = init_masters(config, dtype, torch.device("meta"))
     shards = make_shards(config, masters, World(0, 1, torch.device("meta")))
     elements = {name: p.numel() for name, p in masters.items()}
