@@ -157,7 +157,7 @@ class Config(RunConfig):
         return {"average": self.readout_epochs, "last": 1, "ema": 0}[self.readout]
 
     def window(self, layer: int) -> int:
-        """The number of earlier positions that a layer attends to, at most. Layer L is the block of multi-token prediction."""
+        """The number of earlier positions that a layer attends to, at most. Layer L is the extra block (MTP)."""
         is_last = layer >= self.n_layer - 1
         letter = self.window_pattern[layer % len(self.window_pattern)]
         return self.sequence_len if is_last or letter == "L" else self.sequence_len // 2
@@ -474,7 +474,7 @@ def meta_step(config: Config, step: int, num_steps: int) -> float:
 
 
 def ema_weight(config: Config, step: int, num_steps: int) -> float:
-    """The coefficient of the weights after a step in their EMA, for a readout that needs it; 0 if it is not updated.
+    """EMA coefficient of the weights after a step; 0 when the EMA is not updated, or no readout needs it.
 
     It starts as a copy of them after 90% of the steps, and then takes 5% every 10 steps.
     """

@@ -882,7 +882,7 @@ def ema_decay(config: Config, num_steps: int) -> float:
 
 
 def ema_weight(config: Config, step: int, num_steps: int) -> float:
-    """The coefficient of the weights after a step in their EMA, which starts from zero; 0 if it is not updated."""
+    """EMA coefficient of the weights after a step; 0 when the EMA is not updated. The EMA starts from zero."""
     return 1 - ema_decay(config, num_steps) if step % config.ema_every == 0 else 0.0
 
 

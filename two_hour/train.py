@@ -161,7 +161,7 @@ class Config(RunConfig):
         return parse_window_schedule(self.window_schedule, self.sequence_len)
 
     def window(self, layer: int, windows: tuple[int, int]) -> int:
-        """The number of earlier positions that a layer attends to, at most. windows: the short and the long one of a stage."""
+        """The number of earlier positions that a layer attends to, at most. windows: a stage's short and long one."""
         short, long = windows
         if layer == self.n_layer:  # the block of multi-token prediction
             return self.sequence_len

@@ -191,7 +191,7 @@ class Config(RunConfig):
         return 0 < self.teach_after < self.cycles
 
     def window(self, layer: int) -> int:
-        """The number of earlier positions that a layer attends to, at most. Layer L is the block of multi-token prediction."""
+        """The number of earlier positions that a layer attends to, at most. Layer L is the extra block (MTP)."""
         is_last = layer >= self.n_layer - 1
         letter = self.window_pattern[layer % len(self.window_pattern)]
         return self.sequence_len if is_last or letter == "L" else self.sequence_len // 2
