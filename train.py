@@ -476,7 +476,7 @@ def meta_step(config: Config, step: int, num_steps: int) -> float:
 def ema_weight(config: Config, step: int, num_steps: int) -> float:
     """EMA coefficient of the weights after a step; 0 when the EMA is not updated, or no readout needs it.
 
-    It starts as a copy of them after 90% of the steps, and then takes 5% every 10 steps.
+    The EMA starts as a copy of the weights after 90% of the steps, and then takes 5% of them every 10 steps.
     """
     since = step + 1 - round(0.9 * num_steps)
     if config.readout != "ema" or since < 0 or since % 10:

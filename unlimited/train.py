@@ -601,7 +601,7 @@ def taught_head_chunk(
     vocab_size: int,
     cap: float,
 ):
-    """The same with a teacher: x, teacher_x (n, C), lm_head, teacher_head (padded V, C), targets (n,) int64."""
+    """The part of HeadLoss for some positions with a teacher: x, teacher_x (n, C), both heads (padded V, C)."""
     logits = F.linear(x, lm_head)
     teacher_logits = F.linear(teacher_x, teacher_head)
     settings = teach_weight, temperature, vocab_size, cap
