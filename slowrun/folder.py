@@ -214,7 +214,7 @@ class RunFolder:
         self.log_lines.write("".join(f"{self.run_id} {line}\n" for line in lines))
 
     def progress(self, done: int, total: int, parts: list[str], is_printed: bool) -> None:
-        """Move the progress bar on a terminal. If is_printed, write a line to log.txt, and print it if there is no bar."""
+        """Move the progress bar on a terminal. If is_printed, log a line, and print it if there is no bar."""
         line = " | ".join([f"step {done}/{total}", *parts])
         if self.has_bar:
             if self.bar is None:
