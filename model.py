@@ -268,7 +268,7 @@ def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, 
 
 
 def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
-    """Some positions' part of HeadLoss: x (n, C), lm_head (padded V, C), targets (n, 1) int64."""
+    """The part of HeadLoss for some positions: x (n, C), lm_head (padded V, C), targets (n, 1) int64."""
     loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
     return loss, first_loss, grad @ lm_head, grad.T @ x
 
@@ -327,7 +327,7 @@ class GPT(nn.Module):
         self.cross_entropy = compiled(cross_entropy)
 
     def value_embeddings(self, tokens: Tensor, x0: Tensor) -> dict[int, Tensor]:
-        """What some layers add to their values, by layer: each (B, T, C). A replayed layer uses its own again."""
+        """The value embeddings (B, T, C), by layer, for the layers with one. A replayed layer uses the same again."""
         if self.config.value_embedding == "projection":
             return {int(i): project(x0) for i, project in self.ve_projs.items()}
         return {int(i): table(tokens) for i, table in self.ve_tables.items()}
@@ -406,7 +406,7 @@ class GPT(nn.Module):
 def draw_dropped(config: Config, replay: bool, step: int, micro_step: int) -> set[int]:
     """Stochastic depth (arXiv 1603.09382): the calls whose block a micro-step skips, on all virtual ranks.
 
-    The block of layer i is skipped with probability stochastic_depth * i / (L - 1), drawn anew for every call; the MTP
+    The block of layer i is skipped with probability stochastic_depth * i / (L - 1), drawn for every call; the MTP
     block counts as layer L.
     """
     if not config.stochastic_depth:

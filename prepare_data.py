@@ -9,7 +9,7 @@
 
 A stream of documents is cut into val, train and holdout, in this order. A split takes whole documents until its budget
 of tokens is full; the rest of its last document is dropped. Every document is a BOS and its tokens. Whatever the
-source, the files have the same names and layout, so that --data-dir is all that training needs to know.
+source, the files have the same names and layout, so training needs only --data-dir.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ READABLE = (".parquet", ".jsonl", ".json", *TEXT_FILES)
 
 
 class GPT2Tokenizer:
-    """The GPT-2 vocabulary by tiktoken; the BOS is <|endoftext|>, and special tokens in a text are plain text."""
+    """The GPT-2 vocabulary, from tiktoken; the BOS is <|endoftext|>, and special tokens in a text are plain text."""
 
     name, vocab_size, bos_id = "gpt2", 50257, 50256
 
@@ -112,10 +112,10 @@ def retrying(
     attempts: int = 5,
     pause_s: float = 2.0,
 ) -> Iterator:
-    """Yield from open_stream(number of items to skip), opening it again after errors of the network.
+    """Yield from open_stream(number of items to skip), and open it again after network errors.
 
-    Attempts are counted from the last item that came through, with pauses that double. ValueError has the advice when
-    they are used up, or at once when access is denied.
+    Every item resets the number of attempts; the pauses between attempts double. ValueError, with the advice, after the
+    last attempt, or at once if access is denied.
     """
     done = failed = 0
     while True:
@@ -124,7 +124,7 @@ def retrying(
                 yield item
                 done, failed = done + 1, 0
             return
-        except (ValueError, KeyError, TypeError):  # not the network's fault
+        except (ValueError, KeyError, TypeError):  # not an error of the network
             raise
         except Exception as error:
             failed += 1
@@ -132,15 +132,15 @@ def retrying(
             if failed == attempts or status in (401, 403, 404):
                 offline = [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(name)]
                 set_here = f" {', '.join(offline)} is set: unset it" if offline else ""
-                said = f"could not reach {what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                raise ValueError(said + advice.format(offline=set_here)) from error
+                message = f"could not reach {what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                raise ValueError(message + advice.format(offline=set_here)) from error
             pause = pause_s * 2 ** (failed - 1)
             tqdm.write(f"{what}: {type(error).__name__}, attempt {failed} of {attempts}, next in {pause:.0f} s")
             time.sleep(pause)
 
 
 def fineweb_documents(revision: str) -> Iterator[str]:
-    """FineWeb's sample-10BT, streamed in its own order."""
+    """FineWeb's sample-10BT, streamed in its original order."""
     from datasets import load_dataset
 
     def open_stream(skip: int):
@@ -203,9 +203,9 @@ def read_json_lines(path: Path) -> Iterator[dict]:
 
 
 def demo_documents() -> Iterator[str]:
-    """The standard library's sources, and the documentation that it carries, in pieces of about 4,000 characters.
+    """The standard library's sources and its documentation, in documents of about 4,000 characters.
 
-    The order is that of the hashes of their names, which mixes packages. Pieces of a file stay together.
+    Files are in the order of the hashes of their names, which mixes packages; the documents of a file stay together.
     """
     from pydoc_data.topics import topics
 
@@ -216,14 +216,14 @@ def demo_documents() -> Iterator[str]:
         if not name.startswith(("site-packages/", "dist-packages/", "test/", "idlelib/", "encodings/", "pydoc_data/")):
             texts[name] = path.read_text(encoding="utf-8", errors="replace")
     for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        piece = ""
+        document = ""
         for line in texts[name].splitlines(keepends=True):
-            piece += line
-            if len(piece) >= 4000:
-                yield piece
-                piece = ""
-        if piece:
-            yield piece
+            document += line
+            if len(document) >= 4000:
+                yield document
+                document = ""
+        if document:
+            yield document
 
 
 # ======================================================================================================================
@@ -232,7 +232,7 @@ def demo_documents() -> Iterator[str]:
 
 
 def tokenized(documents: Iterable[str], tokenizer, threads: int) -> Iterator[np.ndarray]:
-    """The documents' tokens, in order; threads work on batches ahead of what was asked for."""
+    """The documents' tokens, in order; threads tokenize batches ahead of the consumer."""
 
     def encode(batch: list[str]) -> list[np.ndarray]:
         return [tokenizer.encode(text) for text in batch]
@@ -256,7 +256,7 @@ def tokenized(documents: Iterable[str], tokenizer, threads: int) -> Iterator[np.
 
 
 def take_split(stream: Iterator[np.ndarray], budget: int, bos_id: int, bar: tqdm) -> tuple[np.ndarray, np.ndarray]:
-    """Whole documents until `budget` tokens are full, the last one cut -> tokens uint16 (budget,), doc_starts int64."""
+    """Take documents until `budget` tokens are full, and cut the last -> tokens uint16 (budget,), doc_starts int64."""
     tokens, starts, used = np.empty(budget, dtype=np.uint16), array("q"), 0
     while used < budget:
         document = next(stream, None)
@@ -272,9 +272,9 @@ def take_split(stream: Iterator[np.ndarray], budget: int, bos_id: int, bar: tqdm
 
 
 def save_split(path: Path, tokens: np.ndarray, doc_starts: np.ndarray, bos_id: int, split: str) -> None:
-    """torch.save in the exact form that the published hashes are of; `path` has the final name, in a temporary folder.
+    """Write a split, byte for byte in the form of the published files; `path` has its final name, in another folder.
 
-    The archive holds the stem of the path, and each tensor's whole storage.
+    The archive contains the stem of the path, and each tensor's whole storage.
     """
     content = {
         "tokens": torch.from_numpy(tokens),
@@ -289,16 +289,17 @@ def save_split(path: Path, tokens: np.ndarray, doc_starts: np.ndarray, bos_id: i
 
 
 def entropy(tokens: np.ndarray) -> float:
-    """Of single tokens, in nats: the loss of the best model without context. In pieces, to save memory."""
-    pieces = np.array_split(tokens, len(tokens) // 1_000_000 + 1)
-    shares = sum(np.bincount(piece, minlength=1 << 16) for piece in pieces) / len(tokens)
-    return float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())
+    """The entropy of single tokens, in nats: the loss of the best model without context."""
+    chunks = np.array_split(tokens, len(tokens) // 1_000_000 + 1)  # to save memory
+    frequencies = sum(np.bincount(chunk, minlength=1 << 16) for chunk in chunks) / len(tokens)
+    frequencies = frequencies[frequencies > 0]
+    return float(-(frequencies * np.log(frequencies)).sum())
 
 
 def prepare(
     documents: Iterable[str], tokenizer, budgets: dict[str, int], data_dir: Path, origin: dict, threads: int
 ) -> dict:
-    """Write all splits and meta.json -> meta. Files appear under their names when all are complete."""
+    """Write all splits and meta.json -> meta. The files get their names once all are complete."""
     start_s = time.perf_counter()
     for stale in data_dir.glob(".preparing-*"):  # left by a run that was killed
         shutil.rmtree(stale)
@@ -318,7 +319,7 @@ def prepare(
             save_split(path, tokens, doc_starts, tokenizer.bos_id, split)
             splits[split] = {"tokens": len(tokens), "documents": len(doc_starts), "sha256": sha256_file(path)}
             sizes = f"{len(tokens):,} tokens, {len(doc_starts):,} documents"
-            bar.write(f"{split}: {sizes}, entropy of its single tokens {entropy(tokens):.4f} nats")
+            bar.write(f"{split}: {sizes}, entropy of single tokens {entropy(tokens):.4f} nats")
         meta = origin | {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
         meta |= {"splits": splits, "token_bytes": tokenizer.token_bytes()}
         write_json(Path(staging) / "meta.json", meta)
@@ -329,9 +330,9 @@ def prepare(
 
 
 def move_into(staging: Path, data_dir: Path) -> None:
-    """Replace the files of a data folder by those of a folder on the same disk.
+    """Replace the files of a data folder with those of a folder on the same disk.
 
-    meta.json comes last: until then its hashes refuse a mixture.
+    meta.json comes last: until then the hashes in the old one make training refuse a mixture.
     """
     for name in [*(f"fineweb_{split}.pt" for split in SPLITS), "meta.json"]:
         if not (staging / name).exists():
@@ -348,7 +349,7 @@ def move_into(staging: Path, data_dir: Path) -> None:
 
 
 def verify(data_dir: Path) -> list[str]:
-    """Check all that is in a data folder and print it -> what is wrong, empty if nothing."""
+    """Check the files of a data folder and print what they are -> the problems, empty if there are none."""
     try:
         meta = read_meta(str(data_dir))
     except ValueError as error:
@@ -365,11 +366,12 @@ def verify(data_dir: Path) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
             continue
-        published[split], said = found.sha256 == OFFICIAL_SHA256.get(split), "sound"
+        published[split] = found.sha256 == OFFICIAL_SHA256.get(split)
+        verdict = "sound"
         if split in OFFICIAL_SHA256 and (not meta or meta["source"] == "fineweb"):
-            said = "sound, the published file" if published[split] else "sound, but not the published file"
+            verdict = "sound, the published file" if published[split] else "sound, but not the published file"
         sizes = f"{len(found.tokens):,} tokens, {found.num_documents:,} documents"
-        print(f"{split}: {sizes}, {said} ({found.sha256[:16]})")
+        print(f"{split}: {sizes}, {verdict} ({found.sha256[:16]})")
     if meta and meta["source"] == "fineweb":
         full = dict(zip(SPLITS, BUDGETS["fineweb"], strict=True))
         if all(meta["splits"][split]["tokens"] == full[split] for split in OFFICIAL_SHA256):
@@ -385,7 +387,7 @@ def is_published(data_dir: Path) -> bool:
 
 
 def from_hub(repo: str, data_dir: Path) -> None:
-    """Download splits that --push-to-hub uploaded, and verify them before they take their names."""
+    """Download splits that --push-to-hub uploaded, and verify them before they get their names."""
     from huggingface_hub import snapshot_download
 
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".preparing-") as staging:
@@ -401,7 +403,7 @@ def from_hub(repo: str, data_dir: Path) -> None:
 
 
 def push_to_hub(repo: str, data_dir: Path) -> None:
-    """Upload verified splits to a private dataset repository, which is made if it is not there."""
+    """Upload verified splits to a private dataset repository, which is created if it does not exist."""
     from huggingface_hub import HfApi
 
     if problems := verify(data_dir):
@@ -448,14 +450,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_overwriting(data_dir: Path) -> None:
-    """ValueError if a data folder has splits, which --force alone may replace."""
-    there = sorted(path.name for path in data_dir.glob("fineweb_*.pt"))
-    if there:
-        raise ValueError(f"{data_dir} has {', '.join(there)}: choose another --data-dir, or --force")
+    """Refuse a data folder that has splits, which only --force may replace (ValueError)."""
+    present = sorted(path.name for path in data_dir.glob("fineweb_*.pt"))
+    if present:
+        raise ValueError(f"{data_dir} has {', '.join(present)}: choose another --data-dir, or --force")
 
 
 def is_there(data_dir: Path, origin: dict, wanted: dict[str, int]) -> bool:
-    """Whether a data folder has what is wanted, or a part of it is missing; ValueError if it has something else."""
+    """Whether a data folder has all wanted splits; ValueError if it has other data."""
     meta = read_meta(str(data_dir))
     if meta is None:
         if origin["source"] == "fineweb" and is_published(data_dir):
@@ -463,10 +465,10 @@ def is_there(data_dir: Path, origin: dict, wanted: dict[str, int]) -> bool:
             return True
         check_overwriting(data_dir)
         return False
-    there = {split: info["tokens"] for split, info in meta["splits"].items()}
-    if there != wanted or any(meta.get(key) != value for key, value in origin.items()):
-        said = f"{data_dir} has other data, {meta['source']} {there}"
-        raise ValueError(f"{said}: choose another --data-dir, or --force")
+    present = {split: info["tokens"] for split, info in meta["splits"].items()}
+    if present != wanted or any(meta.get(key) != value for key, value in origin.items()):
+        found = f"{data_dir} has other data, {meta['source']} {present}"
+        raise ValueError(f"{found}: choose another --data-dir, or --force")
     complete = all((data_dir / f"fineweb_{split}.pt").exists() for split in wanted)
     if complete:
         print(f"{data_dir} is already there (--force prepares it again)")
@@ -474,7 +476,7 @@ def is_there(data_dir: Path, origin: dict, wanted: dict[str, int]) -> bool:
 
 
 def prepare_source(arguments: argparse.Namespace) -> None:
-    """Prepare --source, unless the same is already there."""
+    """Prepare --source, unless the data folder has the same data already."""
     source, data_dir, budgets = arguments.source, arguments.data_dir, arguments.budgets
     if min(budgets["val"], budgets["train"]) < 2 or min(budgets["holdout"], arguments.threads - 1) < 0:
         raise ValueError(f"the budgets {budgets} and the number of threads {arguments.threads} must be positive")
@@ -500,7 +502,7 @@ def prepare_source(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 all is well, 2 it is not; the reason is printed."""
+    """Prepare, verify, download or upload -> exit code: 0 all is well, 2 it is not; the reason is printed."""
     arguments = parse_arguments(argv)
     try:
         arguments.data_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is timed, and the decision about the cap."""
+"""The clock: what is timed, and the decision about the cap."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections import deque
 
 
 class Clock:
-    """train_time_s: the time of the optimizer steps, which is data, forward, backward, optimizer and weight averaging.
+    """Counts train_time_s: the time of the optimizer steps, with data, forward, backward, optimizer and averages.
 
-    It runs from the first step to the last. The session stops it only within its own calls, for validation and
-    checkpoints, once the device has finished the steps before; what a script does between two calls is counted.
+    It runs from the first step to the last. Only the session stops it, for validation and checkpoints, once the device
+    has finished the steps before; what a script does between two calls of the session is counted.
     Compilation and warm-up come before the first step and are not counted.
     """
 
@@ -27,12 +27,12 @@ class Clock:
         return self.since is not None
 
     def start(self) -> None:
-        """Has no effect on a running clock."""
+        """Start the clock; no effect if it is running."""
         if not self.running:
             self.since = self.now()
 
     def stop(self) -> None:
-        """Count the time since the last lap, which was no step, and stop. Has no effect on a stopped clock."""
+        """Count the time since the last lap, but not as a step, and stop; no effect if the clock is stopped."""
         if self.running:
             self.train_time_s += self.now() - self.since
             self.since = None
@@ -52,7 +52,7 @@ class Clock:
         return statistics.median(self.recent_s) if self.recent_s else 0.0
 
     def next_step_exceeds(self, cap_s: float, steps_in_flight: int) -> bool:
-        """Whether the next step would end past the cap, at the median duration of the last steps; cap 0 is none.
+        """Whether the next step would end past the cap, at the median duration of the last steps; 0 for no cap.
 
         steps_in_flight: steps that have been started and are not counted yet.
         """

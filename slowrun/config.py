@@ -20,14 +20,14 @@ from typing import Literal
 from slowrun.data import read_json
 from slowrun.machine import profile_ranges
 
-RESUME_MAY_CHANGE = {  # these do not change the result
+RESUME_MAY_CHANGE = {  # fields that do not change the result
     "data_dir", "eval_batch", "checkpoint_min", "checkpoints", "log_every", "profile_steps", "wandb",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The fields of a run that are not science. Those without a default are every script's to define."""
+    """The fields of a run that are not science. Every script defines those without a default."""
 
     vocab_size: int
     sequence_len: int
@@ -41,7 +41,7 @@ class RunConfig:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the GPU has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of layers and optimizer; auto: on CUDA
     checkpoint_min: float = 10.0  # minutes between checkpoints, besides those at the ends of epochs
-    checkpoints: bool = True  # write checkpoints; without them a run that is stopped begins anew
+    checkpoints: bool = True  # write checkpoints; without them a run that is stopped starts over
     log_every: int = 10  # steps between printed lines
     profile_steps: str = ""  # steps, counted from 1, that torch.profiler records, such as 4-5,9-9; empty for none
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: where WANDB_API_KEY is set
@@ -76,7 +76,7 @@ def as_flags(settings: dict) -> list[str]:
 
 
 def require_at_least(config: RunConfig, field: str, least: float) -> None:
-    """ValueError if a field is smaller."""
+    """Check that a field is not smaller than `least` (ValueError)."""
     value = getattr(config, field)
     if not value >= least:
         raise ValueError(f"{flag_of(field)} is {value}: it must be at least {least}")
@@ -132,14 +132,14 @@ def list_records(folder: Path) -> str:
 
 
 def read_record(config_class: type, folder: Path, number: int) -> dict:
-    """The fields that a published record sets otherwise than the defaults; ValueError if there is no such file."""
+    """The settings of a published record that differ from the defaults; ValueError if there are none."""
     files = settings_files(folder)
     if number not in files:
         known = ", ".join(map(str, files)) or "none"
         raise ValueError(f"--record {number}: the {folder.name} track has settings of {known}; see --list-records")
     settings = read_json(files[number], {"settings"}, "restore it")["settings"]
     if not isinstance(settings, dict):
-        raise ValueError(f"{files[number]}: its settings are no JSON object: restore it")
+        raise ValueError(f"{files[number]}: its settings are not a JSON object: restore it")
     types = field_types(config_class)
     unknown = ", ".join(sorted(settings.keys() - types.keys()))
     if unknown:
@@ -153,9 +153,10 @@ def read_record(config_class: type, folder: Path, number: int) -> dict:
 
 
 def demo_of_record(config_class: type, demo: dict, settings: dict, unscaled: Sequence[str] = ()) -> dict:
-    """Toy sizes for a record: those of the demo, in the record's proportion to the defaults.
+    """Toy sizes for a record: those of the demo, scaled as the record's are to the defaults.
 
-    What the record has off stays off, and what is no number is the record's. unscaled: fields that are the demo's.
+    What the record turns off stays off, and what is not a number is the record's. unscaled: fields that stay as in the
+    demo.
     """
     sizes = {}
     for name, value in demo.items():
@@ -175,9 +176,9 @@ def demo_of_record(config_class: type, demo: dict, settings: dict, unscaled: Seq
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a command line says."""
+    """The content of a command line."""
 
-    values: dict  # the fields that are given, by flags, --record or --demo
+    values: dict  # the fields that are set, by flags, --record or --demo
     resume: str | None  # the run folder to resume
     plan: str | None  # the file to write a plan to
 
@@ -206,7 +207,7 @@ def parse_flags(
             print(list_records(records_folder(track, script)))
         raise SystemExit(0)
     if resume is not None and (record is not None or plan is not None):
-        raise ValueError("--record and --plan are for a new run: --resume goes on with the run's own settings")
+        raise ValueError("--record and --plan are for a new run: --resume continues with the run's settings")
     settings = {}
     if record is not None:
         settings = read_record(config_class, records_folder(track, script), record)

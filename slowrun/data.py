@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slowrun.world import VIRTUAL_RANKS
 
-SEQ_SHUFFLE_SEEDS = {"val": 42, "train": 43, "holdout": 44}  # also what tells one split from another
+SEQ_SHUFFLE_SEEDS = {"val": 42, "train": 43, "holdout": 44}  # they also identify the split that a file holds
 PREPARE_AGAIN = "prepare the data again, with --force"
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -44,7 +44,7 @@ def read_json(path: Path, keys: set[str], advice: str) -> dict:
 
 @dataclass(frozen=True)
 class Split:
-    """One file of data: tokens (n,) uint16, the offset of each document's BOS (documents,) int64."""
+    """A data file: tokens (n,) uint16, and the offset of each document's BOS (documents,) int64."""
 
     tokens: np.ndarray
     doc_starts: np.ndarray
@@ -81,7 +81,7 @@ def read_meta(data_dir: str) -> dict | None:
 
 
 def load_split(data_dir: str, split: str, vocab_size: int, sequence_len: int) -> Split:
-    """Read a split, and check all that can be wrong with it (ValueError)."""
+    """Read a split and check it (ValueError)."""
     path = Path(data_dir) / f"fineweb_{split}.pt"
     if not path.exists():
         prepare = "python prepare_data.py" + " --source demo" * (data_dir == "demo_data")
@@ -105,7 +105,7 @@ def load_split(data_dir: str, split: str, vocab_size: int, sequence_len: int) ->
 
 
 def check_hash(path: Path, split: str, sha256: str, meta: dict) -> None:
-    """ValueError if a file is not the one that meta.json describes."""
+    """Check that a file is the one that meta.json describes (ValueError)."""
     if split not in meta["splits"]:
         raise ValueError(f"{path} is not in meta.json: delete it, or {PREPARE_AGAIN}")
     expected = meta["splits"][split]["sha256"]
@@ -116,7 +116,7 @@ def check_hash(path: Path, split: str, sha256: str, meta: dict) -> None:
 
 
 def read_split(path: Path) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """The tokens of a file, which stay on the disk, doc_starts, bos_id, seq_shuffle_seed. ValueError if damaged."""
+    """(Tokens, which stay on the disk, doc_starts, bos_id, seq_shuffle_seed) of a file; ValueError if it is damaged."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         tokens, starts = content["tokens"].numpy(), content["doc_starts"].numpy()
@@ -137,7 +137,7 @@ def read_split(path: Path) -> tuple[np.ndarray, np.ndarray, int, int]:
 
 
 def load_splits(data_dir: str, vocab_size: int, sequence_len: int) -> dict[str, Split]:
-    """train, val and holdout. The original project's files have no holdout, so it may be missing."""
+    """The splits by name: train, val, and holdout if there is one (the original project's files have none)."""
     names = ["train", "val"]
     if (Path(data_dir) / "fineweb_holdout.pt").exists():
         names.append("holdout")
@@ -145,16 +145,16 @@ def load_splits(data_dir: str, vocab_size: int, sequence_len: int) -> dict[str, 
 
 
 def unread_split(num_tokens: int) -> Split:
-    """A stand-in for a split that is not there: tokens that take no memory, in documents of 1,000. For plans."""
+    """A stand-in for a missing split, for plans: tokens that take no memory, in documents of 1,000."""
     tokens = np.broadcast_to(np.uint16(0), num_tokens)
     return Split(tokens, np.arange(0, num_tokens, 1000), SEQ_SHUFFLE_SEEDS["train"], sha256="")
 
 
 def token_bytes(data_dir: str, vocab_size: int) -> tuple[Tensor | None, str]:
-    """(The length in bytes of every token, 0 for the BOS: (V,) int64; where it is from).
+    """(The length in bytes of every token, 0 for the BOS: (V,) int64; its source, for the header).
 
-    Without a meta.json it is from tiktoken, for GPT-2's tokens, or else None. ValueError if meta.json is of another
-    tokenizer.
+    Without a meta.json the lengths come from tiktoken, for GPT-2's tokens, or are None. ValueError if meta.json is of
+    another tokenizer.
     """
     meta = read_meta(data_dir)
     if meta is not None:
@@ -190,7 +190,7 @@ def permutation(n: int, seed: int) -> np.ndarray:
 
 
 def permuted(items: np.ndarray, seeds: Iterable[int]) -> np.ndarray:
-    """The items (n, ...), permuted once for each seed, each time from the order before."""
+    """The items (n, ...), permuted once for each seed, every time starting from the order before."""
     for seed in seeds:
         items = items[permutation(len(items), seed)]
     return items
@@ -206,10 +206,10 @@ def shuffled_documents(split: Split, length: int, document_seeds: Iterable[int],
 
 
 def shuffled_micro_steps(split: Split, length: int, micro_batch: int, micro_step_seeds: Iterable[int]) -> np.ndarray:
-    """The sequences (n, length) uint16 of an epoch whose micro-steps always have the same sequences.
+    """The sequences (n, length) uint16 of an epoch that shuffles micro-steps, which always have the same sequences.
 
-    The sequences of the file in their fixed order make micro-steps of 8 x micro_batch, which are permuted once for each
-    seed; those that do not fill one are dropped.
+    The sequences of the file, in their fixed order, are cut into micro-steps of 8 x micro_batch, which are permuted
+    once for each seed; sequences that do not fill a micro-step are dropped.
     """
     sequences = split.sequences(length)
     micro_steps = cut(split.fixed_order(len(sequences)), VIRTUAL_RANKS * micro_batch)
@@ -220,8 +220,8 @@ class Loader:
     """The batches of optimizer steps, in an order that does not depend on the number of processes.
 
     make_epoch(epoch) returns the sequences of an epoch, counted from 1, in the order of training: (n, T + 1) uint16. A
-    thread calls it one epoch ahead. Micro-step j of an epoch takes its next 8 x micro_batch sequences, virtual rank
-    after virtual rank; what does not fill a micro-step is dropped. An optimizer step may span two epochs.
+    thread calls it one epoch ahead. Each micro-step takes the epoch's next 8 x micro_batch sequences, virtual rank
+    after virtual rank; sequences that do not fill a micro-step are dropped. An optimizer step may span two epochs.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class Loader:
         micro_steps_per_epoch: int,
         virtual_ranks: range,
     ):
-        """micro_steps_before (N + 1,): the micro-steps before each optimizer step, over all epochs, and in all."""
+        """micro_steps_before (N + 1,): the micro-steps before each optimizer step, over all epochs, and their total."""
         self.make_epoch = make_epoch
         self.micro_batch = micro_batch
         self.micro_steps_before = micro_steps_before
@@ -243,7 +243,7 @@ class Loader:
         self.thread = ThreadPoolExecutor(1)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """The sequences of an epoch. Starts making the next one, and forgets those before."""
+        """The sequences of an epoch. Starts making the next epoch, and drops those before."""
         for number in range(epoch, min(epoch + 1, self.last_epoch) + 1):
             if number not in self.epochs:
                 self.epochs[number] = self.thread.submit(self.make_epoch, number)
@@ -257,8 +257,8 @@ class Loader:
         for micro_step in range(self.micro_steps_before[step], self.micro_steps_before[step + 1]):
             epoch, index = divmod(micro_step, self.micro_steps_per_epoch)
             sequences = self.epoch(epoch + 1)
-            for own_rows, virtual_rank in zip(rows, self.virtual_ranks, strict=True):
+            for rows_of_rank, virtual_rank in zip(rows, self.virtual_ranks, strict=True):
                 first = (index * VIRTUAL_RANKS + virtual_rank) * self.micro_batch
-                own_rows.append(sequences[first : first + self.micro_batch])
-        batch = np.stack([np.concatenate(own_rows) for own_rows in rows])
+                rows_of_rank.append(sequences[first : first + self.micro_batch])
+        batch = np.stack([np.concatenate(rows_of_rank) for rows_of_rank in rows])
         return torch.from_numpy(batch.astype(np.int64))

@@ -1,7 +1,7 @@
 """The run folder: config.json, code/, log.txt, metrics.jsonl, curve.png, checkpoints/, final/ and result.json.
 
-Under its final name a file is complete or absent, also after kill -9 or a power loss; log.txt and metrics.jsonl grow by
-lines, of which only the last can be torn. Only the main process writes.
+A file with its final name is complete, also after kill -9 or a power loss; log.txt and metrics.jsonl grow line by line,
+and only their last line can be torn. Only the main process writes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def try_to_write_json(path: Path, content: Any) -> str:
-    """write_json -> why it failed; empty if it did not."""
+    """Write a JSON file -> why it failed; empty if it did not."""
     try:
         write_json(path, content)
     except OSError as error:
@@ -58,7 +58,7 @@ def try_to_write_json(path: Path, content: Any) -> str:
 
 
 class Lines:
-    """A file that grows by lines. What a full disk refuses waits in memory and is tried again with the next line."""
+    """A file that grows line by line. What a full disk refuses waits in memory for the next line."""
 
     def __init__(self, path: Path):
         self.file = open(path, "ab", buffering=0)
@@ -92,7 +92,7 @@ def hash_files(paths: list[Path], root: Path) -> str:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files in a folder of code, at any depth, but for Python's caches."""
+    """All files in a folder of code, at any depth, except Python's caches."""
     return [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
 
 
@@ -107,13 +107,13 @@ def script_sha256(script: Path) -> str:
 
 
 def code_sha256(code: Path) -> str:
-    """The same of a run's code/: all files in it but those of slowrun/."""
+    """The same hash of a run's code/: of all files in it except those of slowrun/."""
     package = code / PACKAGE.name
     return hash_files([path for path in files_in(code) if package not in path.parents], code)
 
 
 def instrument_files(package: Path) -> list[Path]:
-    """The modules of a copy of slowrun/, which has no folders. Other files, such as an editor's, are no part of it."""
+    """The modules of a copy of slowrun/, which has no folders. Other files, such as an editor's, do not count."""
     return [path for path in package.glob("*.py") if path.is_file()]
 
 
@@ -123,7 +123,7 @@ def instrument_sha256(package: Path = PACKAGE) -> str:
 
 
 def copy_code(script: Path, code: Path) -> None:
-    """Make code/, which needs nothing else to resume and to score a run: the script's files, and slowrun/."""
+    """Make code/, all the code that it takes to resume and to score a run: the script's files, and slowrun/."""
     code.mkdir()
     for file in script_files(script):
         shutil.copy(file, code / file.name)
@@ -162,9 +162,9 @@ def read_config(folder: Path) -> dict:
 
 
 class RunFolder:
-    """A run folder that is open for writing. All methods are for all processes; only the main one writes.
+    """A run folder that is open for writing. All processes may call its methods; only the main process writes.
 
-    label: put in front of lines on the screen, for runs of several chains. bar: whether it may have a progress bar.
+    label: put in front of lines on the screen, for runs of several chains. bar: whether it may show a progress bar.
     """
 
     def __init__(self, path: Path, run_id: str, is_main: bool, label: str = "", bar: bool = True):
@@ -214,7 +214,7 @@ class RunFolder:
         self.log_lines.write("".join(f"{self.run_id} {line}\n" for line in lines))
 
     def progress(self, done: int, total: int, parts: list[str], is_printed: bool) -> None:
-        """A step is done: move the bar on a terminal; elsewhere, and in log.txt, print a line if it is its turn."""
+        """Move the progress bar on a terminal. If is_printed, log a line, and print it if there is no bar."""
         line = " | ".join([f"step {done}/{total}", *parts])
         if self.has_bar:
             if self.bar is None:
@@ -233,7 +233,7 @@ class RunFolder:
             self.wandb.log({key: value for key, value in values.items() if key != "step"}, step=values["step"])
 
     def summarize(self, result: dict) -> None:
-        """Show the result in Weights & Biases. A failure is a line of the log."""
+        """Show the result in Weights & Biases. A failure is only logged."""
         if self.wandb is None:
             return
         try:
@@ -242,7 +242,7 @@ class RunFolder:
             self.log(f"wandb: {type(error).__name__}: {error}")
 
     def drop_metrics_after(self, step: int, readouts: Collection[str]) -> None:
-        """Keep the lines of the first `step` steps and of these readouts: what a killed run lost will be repeated."""
+        """Keep the lines of the first `step` steps and of these readouts. The others will be written again."""
         path = self.path / "metrics.jsonl"
         kept = []
         for line in path.read_text().splitlines(keepends=True):
@@ -256,7 +256,7 @@ class RunFolder:
         self.metrics = Lines(path)
 
     def draw_curve(self, labels: dict[int, str], val_loss: float | None = None) -> None:
-        """Draw curve.png. A failure, of the disk or of a library, is a line of the log: no reason to end a run."""
+        """Draw curve.png. A failure, of the disk or of a library, is only logged: it is no reason to end a run."""
         if not self.is_main:
             return
         try:
@@ -274,7 +274,7 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step_*.json"))
 
     def save_checkpoint(self, tensors: dict, info: dict) -> str:
-        """Write a checkpoint, and drop all but the last two -> why it could not be written; empty if it was."""
+        """Write a checkpoint, and delete all but the last two -> why it failed; empty if it did not."""
         path = self.path / "checkpoints" / f"step_{info['step']:07d}.pt"
         failure = ""
         try:
@@ -287,7 +287,7 @@ class RunFolder:
         return failure
 
     def update_checkpoint(self, info: dict) -> str:
-        """Rewrite what a checkpoint says beside its tensors -> why it could not be written; empty if it was."""
+        """Rewrite a checkpoint's .json and leave its tensors -> why it failed; empty if it did not."""
         path = self.path / "checkpoints" / f"step_{info['step']:07d}.json"
         return try_to_write_json(path, info | {"sha256": json.loads(path.read_text())["sha256"]})
 
@@ -314,9 +314,9 @@ class RunFolder:
     # -------------------------------------------------------------------------------------------- Weights & Biases
 
     def start_wandb(self, wanted: str, config: dict) -> str:
-        """Start Weights & Biases, where wanted -> what the header says of it.
+        """Start Weights & Biases if it is wanted -> its mode, for the header.
 
-        wanted: the setting. Where no --wandb asks for it, it may fail; ValueError if one does.
+        wanted: the setting. With "auto" a failure turns it off; otherwise a failure is a ValueError.
         """
         mode = wandb_mode(wanted)
         if mode == "off":
@@ -343,7 +343,7 @@ class RunFolder:
 
 
 def wandb_mode(wanted: str) -> str:
-    """How Weights & Biases runs, by the setting and its own variables: online, offline or off."""
+    """The mode of Weights & Biases, by the setting and its environment variables: online, offline or off."""
     mode = wanted
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "online") if os.environ.get("WANDB_API_KEY") else "off"
@@ -353,7 +353,7 @@ def wandb_mode(wanted: str) -> str:
 def draw_curve(folder: Path, labels: dict[int, str], val_loss: float | None = None) -> None:
     """curve.png from metrics.jsonl: the training loss of every step, the validation losses, and the readout's loss.
 
-    labels: what changes from a step on; those that have begun are marked.
+    labels: names of the stages by the step they begin with; a dotted line marks each that has begun.
     """
     from matplotlib.figure import Figure  # takes a second to import
 

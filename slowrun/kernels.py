@@ -1,7 +1,7 @@
-"""Kernels: attention, dropout, the loss of the head, and products in fp8; how they are chosen and checked at start.
+"""Kernels: attention, dropout, the loss of the head, and products in fp8; their choice, and their check at start.
 
 Every fast kernel has a plain twin, which is its reference: "sdpa" for attention, autograd through the logits for the
-head's loss, bfloat16 for fp8. A script may replace any of them by its own.
+head's loss, bfloat16 for fp8. A script may replace any of them with its own.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str = "sdpa", 
     """Causal attention; position t sees t - window ... t: 3 x (B, T, H, D) -> (B, T, H, D).
 
     backend: "varlen" is the flash attention that torch carries (CUDA, compute capability 8.0 or newer, bfloat16);
-    "sdpa" is F.scaled_dot_product_attention, with a mask where the window is shorter than the sequence. scale: of the
-    logits; None for 1 / sqrt(D).
+    "sdpa" is F.scaled_dot_product_attention, with a mask where the window is shorter than the sequence. scale: factor
+    on the logits; None for 1 / sqrt(D).
     """
     B, T, H, D = q.shape
     sees_all = window >= T - 1
@@ -64,10 +64,10 @@ def attention_error(
     windows: Iterable[tuple[int, float | None]],
     device: torch.device,
 ) -> float:
-    """The largest error of a backend in bfloat16, of its output and gradients, on random q, k and v.
+    """The largest error of a backend in bfloat16, over its output and gradients, on random q, k and v.
 
-    shape: (T, H, D). windows: (window, scale) pairs, as the model uses them. The reference is sdpa in float32; an error
-    is relative to the largest value.
+    shape: (T, H, D). windows: (window, scale) pairs, as the model uses them. The reference is sdpa in float32; errors
+    are relative to the largest value.
     """
     generator = torch.Generator(device).manual_seed(0)
     *qkv, weight = torch.randn((4, 2, *shape), generator=generator, device=device).bfloat16()
@@ -110,8 +110,8 @@ def _dropout_backward(ctx, grad, _):
 def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout (arXiv 1207.0580); the identity for p = 0.
 
-    An operator of its own: compiled graphs then call ATen's kernel and draw the same numbers as the uncompiled model.
-    Inductor's replacement can corrupt masks in torch 2.13 (pytorch issue 198333).
+    It is a custom operator, so that compiled graphs call ATen's kernel and draw the same numbers as the uncompiled
+    model. Inductor's replacement can corrupt masks in torch 2.13 (pytorch issue 198333).
     """
     return _dropout(x, p)[0] if p else x
 
@@ -130,11 +130,11 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
 def capped_cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of n positions with K targets each, and its gradient by the logits before their soft cap.
+    """Loss of n positions with K targets each, and its gradient with respect to the logits before their soft cap.
 
     logits (n, padded V); targets (n, K) int64, negative for none; weights (K,) float32 or wider. Returns the sum of
     weight * nats over positions and targets, the sum of the first targets' nats, both () float32 or wider, and the
-    gradient of the former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on take no part.
+    gradient of the former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on are ignored.
     """
     bent = torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
     capped = cap * bent
@@ -142,30 +142,30 @@ def capped_cross_entropy(
     log_probs = capped.log_softmax(-1)
     slope = 1 - bent.square()
     index = targets.clamp_min(0)
-    shares = weights * (targets >= 0)  # (n, K): how much each target counts
+    target_weights = weights * (targets >= 0)  # (n, K), 0 where there is no target
     nats = -log_probs.gather(1, index)
-    total = shares.sum(1, keepdim=True)
+    total = target_weights.sum(1, keepdim=True)
     grad = (total * log_probs.exp() * slope).to(logits.dtype)
-    # Where the targets are, the difference is made before it is rounded; a token may be a target more than once.
-    wanted = (shares[:, None] * (index[:, :, None] == index[:, None])).sum(-1)
+    # At the targets the difference is computed before it is rounded; a token may be a target more than once.
+    wanted = (target_weights[:, None] * (index[:, :, None] == index[:, None])).sum(-1)
     at_targets = (total * (-nats).exp() - wanted) * slope.gather(1, index)
     grad = grad.scatter(1, index, at_targets.to(grad.dtype))
-    return (shares * nats).sum(), (nats * (targets >= 0))[:, 0].sum(), grad
+    return (target_weights * nats).sum(), (nats * (targets >= 0))[:, 0].sum(), grad
 
 
 class HeadLoss(torch.autograd.Function):
-    """The head and the loss behind it, in chunks of positions whose gradients are made in the forward pass.
+    """The head and the loss behind it, in chunks of positions whose gradients are computed in the forward pass.
 
-    Autograd would keep the logits, and float32 copies of them, of all positions until the backward pass. Here only a
-    chunk's exist at a time, and what is kept is the gradients, of x and, summed in float32, of the head.
+    Autograd would keep the logits of all positions, and float32 copies of them, until the backward pass. Here the
+    logits of one chunk exist at a time, and only the gradients are kept: of x, and, summed in float32, of the head.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, lm_head: Tensor, chunk: Callable, *others: Tensor):
-        """x (n, C); others (n, ...): what else a position needs, such as its targets.
+        """x (n, C); others (n, ...): further inputs of each position, such as its targets.
 
         chunk: (x, lm_head, *others) of some positions -> (their loss, the first targets' loss, the gradients of the
-        former by x and by lm_head). Returns the sums of both losses, () each; only the first has a gradient.
+        former with respect to x and lm_head). Returns the sums of both losses, () each; only the first has a gradient.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         losses = torch.zeros(2, dtype=wide, device=x.device)
@@ -211,13 +211,13 @@ def fp8_product(a: Tensor, b: Tensor, scale: float, fast: bool = False) -> Tenso
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a script computes with, where there is a choice."""
+    """The choice of a kernel, and how to check it."""
 
-    name: str  # of the setting: attention
+    name: str  # of the setting, such as attention
     chosen: str
     plain: str  # the twin that runs everywhere
     fast: str  # what a GPU runs if it can
-    limit: float  # how large an error may be
+    limit: float  # largest error that passes
     error: Callable[[], float]  # measures the error of the chosen one against the plain one
 
 
@@ -237,7 +237,7 @@ def check_kernels(kernels: Iterable[Kernel]) -> dict[str, float]:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failure:
-            reason = str(failure).partition("\n")[0]  # torch adds a page on where the operator does run
+            reason = str(failure).partition("\n")[0]  # torch lists at length where the operator does run
             raise ValueError(f"{kernel.name} {kernel.chosen} fails here ({reason}): {advice}") from failure
         if not error < kernel.limit:
             raise ValueError(f"{kernel.name} {kernel.chosen} is wrong here, by {error:g}: {advice}, and report it")
@@ -246,7 +246,7 @@ def check_kernels(kernels: Iterable[Kernel]) -> dict[str, float]:
 
 
 def slower_kernels(kernels: Iterable[Kernel]) -> str:
-    """What a header says where a plain twin takes the place of a fast kernel; empty if none does."""
+    """The header's note on fast kernels that their plain twins replace; empty if there are none."""
     return "; ".join(
         f"slower than {kernel.fast}: --{kernel.name} {kernel.fast} says why it does not run"
         for kernel in kernels

@@ -1,4 +1,4 @@
-"""The machine: names, speed, memory and disks, and what it does in a step."""
+"""The machine: names, speed, memory and disks; the profiler of optimizer steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether it is a GPU with bfloat16 in hardware, as all since Ampere are: compute capability 8.0."""
+    """Whether the device is a GPU with bfloat16 in hardware: Ampere or newer, compute capability 8.0."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -81,9 +81,9 @@ def profile_ranges(text: str) -> list[tuple[int, int]]:
 
 
 def profile_table(trace: Path) -> str:
-    """Total time and number of the GPU's kernels in a trace, or of operators without what they call; longest first.
+    """A table of the GPU's kernels in a trace, or of operators without what they call: total time, number of calls.
 
-    torch's own table takes a minute for the trace of a step.
+    The longest come first. torch's own table takes a minute for the trace of a step.
     """
     with gzip.open(trace, "rt") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
@@ -112,8 +112,8 @@ def profile_table(trace: Path) -> str:
 class StepProfiler:
     """Records ranges of optimizer steps with torch.profiler, on the main process, into the run folder.
 
-    profile_4-5.json.gz is a trace (ui.perfetto.dev shows it), profile_4-5.txt a table: see profile_table. No number of
-    the run changes, but recording and writing take time, which is on the clock.
+    profile_4-5.json.gz is a trace (ui.perfetto.dev shows it), profile_4-5.txt a table: see profile_table. The losses do
+    not change, but recording and writing take time, which is on the clock.
     """
 
     def __init__(self, ranges: list[tuple[int, int]], is_main: bool, cuda: bool):
@@ -142,7 +142,7 @@ class StepProfiler:
         self.profile.start()
 
     def after_step(self, number: int, folder: Path, is_last: bool = False) -> str:
-        """Write what was recorded if a range ends with this step, or if no step follows -> what to say of it."""
+        """Write what was recorded if a range ends with this step, or if no step follows -> a line for the log."""
         if not self.ranges or not (is_last or number == self.ranges[0][1]):
             return ""
         first, last = self.ranges.pop(0)

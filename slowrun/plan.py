@@ -1,4 +1,4 @@
-"""What a run will do: its steps, its stages, and what they need of a machine."""
+"""The plan of a run: its steps, its stages, and the memory, disk and traffic that they need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slowrun.world import VIRTUAL_RANKS
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive steps that compute alike."""
+    """Consecutive steps with the same computation."""
 
     name: str  # such as "replay"
     flops_per_token: float  # of a step, forward and backward
@@ -25,7 +25,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the steps of a run complete. N is the number of steps."""
+    """The tokens and epochs that each step of a run completes. N is the number of steps."""
 
     tokens: np.ndarray  # (N + 1,) int64, tokens before step s
     epoch: np.ndarray  # (N + 1,) int64, epochs completed before step s
@@ -65,7 +65,7 @@ def stages_of(stages: list[Stage]) -> dict[int, Stage]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What counts of memory, disk and traffic need to know of an experiment; elements unless it says bytes."""
+    """The sizes from which memory, disk and traffic are counted; in elements, unless the name says bytes."""
 
     dtype: torch.dtype  # of the compute weights
     parameters: int
@@ -74,28 +74,28 @@ class Sizes:
     state_elements: int  # of the optimizer, and of averages, over all processes
     moved_parameters: int  # that the meta-gradient moves; 0 without it
     master_bytes: int
-    layer_bytes: int  # that the backward pass needs of a layer, per position
+    layer_bytes: int  # that a layer keeps for the backward pass, per position
     pass_positions: int  # of a forward pass
     logit_positions: int  # whose logits exist at a time
     padded_vocab: int
     n_embd: int
     member_bytes: int  # of weights that are kept for the readout
-    members: int  # how many are kept
+    members: int  # that are kept
     frozen_parameters: int = 0  # of a second model, which only predicts; checkpoints hold it as a member
     score_bytes: int = 0  # of losses that are kept on the disk
-    models: int = 1  # that are trained at a time, each with checkpoints of its own
+    models: int = 1  # that are trained at the same time, each with its checkpoints
 
     @property
     def checkpoint_bytes(self) -> int:
         return self.master_bytes + 4 * self.state_elements + self.member_bytes * bool(self.frozen_parameters)
 
     def disk_bytes(self, checkpoints: bool) -> int:
-        """Of a run at most: the readout's weights, and three checkpoints, as two stay while the next is written."""
+        """The most that a run takes: the readout's weights, and three checkpoints (two stay as the next is written)."""
         kept = self.members * self.member_bytes + self.score_bytes
         return kept + 3 * self.models * self.checkpoint_bytes * checkpoints
 
     def held_bytes(self, world_size: int, stage: Stage) -> dict[str, float]:
-        """Bytes that a process holds in a stage, by what they are; activations and logits are an estimate."""
+        """The bytes that a process holds in a stage, by kind; activations and logits are an estimate."""
         item = self.dtype.itemsize
         head = self.padded_vocab * self.n_embd
         return {
@@ -108,15 +108,15 @@ class Sizes:
         }
 
     def static_bytes(self, world_size: int, stage: Stage) -> float:
-        """Of these, the ones that do not depend on the batch."""
+        """Those of held_bytes that do not depend on the batch."""
         held = self.held_bytes(world_size, stage)
         return held["weights"] + held["gradients"] + held["optimizer"]
 
     def moved_bytes(self, world_size: int, stage: Stage, tokens: int) -> dict[str, float]:
-        """Bytes that a process reads and writes at least in an optimizer step of so many tokens, by what they are.
+        """The least bytes that a process reads and writes in an optimizer step of so many tokens, by kind.
 
         Each pass reads the weights of every call, forward and backward, adds to float32 gradients, and writes and reads
-        what the backward pass needs, the logits and their gradient. A step makes compute weights and takes their
+        what the backward pass needs, the logits and their gradient. A step makes compute weights and pulls their
         gradients back once, and with the meta-gradient once more for each virtual rank.
         """
         item = self.dtype.itemsize
@@ -182,13 +182,13 @@ def describe(plan: StepPlan, sizes: Sizes, world_size: int, checkpoints: bool) -
         "stages": describe_stages(plan, sizes, world_size),
         "memory_gib": memory,
         "disk_gib": disk,
-        # gradients are summed and values gathered in float32; of 8 processes each sends and receives 7 parts of 8
+        # gradients are summed and masters gathered in float32; each of 8 processes sends and receives 7/8 of both
         "communication_bytes_of_8": 2 * 4 * sizes.parameters * (VIRTUAL_RANKS - 1) / VIRTUAL_RANKS,
     }
 
 
 def summary(described: dict) -> str:
-    """Some lines on a plan that `describe` made."""
+    """A plan that `describe` made, in a few lines."""
     lines = [f"{described['num_steps']:,} steps, {described['tokens']:,} tokens"]
     for stage in described["stages"]:
         steps = f"from step {stage['from_step']:,}: {stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens"

@@ -1,4 +1,4 @@
-"""The rules of each track, and whether a result keeps them."""
+"""The rules of each track, and whether a result keeps to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEQUENCE_LEN = 2048  # tokens per sequence in the official validation
 
 @dataclass(frozen=True)
 class Rules:
-    """What a record of a track must keep, besides the data."""
+    """The rules for records of a track, besides the data."""
 
     cap_min: float  # minutes of training; 0 for no cap
     val_sequences: int  # sequences of the validation set that are scored
@@ -45,7 +45,7 @@ def is_official(sha256: dict[str, str]) -> bool:
 
 
 def describe_data(splits: dict[str, Split]) -> str:
-    """What a header says of the splits: their sizes, and whether they are the official files."""
+    """The header's line on the splits: their sizes, and whether they are the official files."""
     sizes = ", ".join(f"{name} {len(split.tokens):,}" for name, split in splits.items())
     official = is_official({name: split.sha256 for name, split in splits.items()})
     return f"{sizes} tokens ({'official' if official else 'not the official files'})"

@@ -16,7 +16,7 @@ from slowrun.world import World
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) int64 -> (B, T), nats
 
-# What a standard pretraining run needs for a loss: (million tokens, nats), nanochat at the best of three sizes
+# The loss of a standard pretraining run: (million tokens, nats), nanochat at the best of three sizes
 PRETRAINING = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000, 3.046), (2000, 2.892))
 
 
@@ -33,7 +33,7 @@ def never() -> bool:
 
 
 class EvalSet:
-    """A split to score. Holds the sequences of this process, (n, T + 1) int64, every world.size-th one."""
+    """A split to score. It holds this process's sequences, every world.size-th one: (n, T + 1) int64."""
 
     def __init__(
         self, split: Split, sequence_len: int, max_sequences: int, batch: int, world: World, lengths: Tensor | None
@@ -41,12 +41,12 @@ class EvalSet:
         """At most max_sequences are scored, `batch` at a time. lengths (V,) int64: bytes of the tokens, if known."""
         sequences = split.sequences(sequence_len + 1)
         order = split.fixed_order(len(sequences))[:max_sequences]
-        own = sequences[order[world.rank :: world.size]]
+        local = sequences[order[world.rank :: world.size]]
         self.world = world
         self.batch = batch
         self.count = len(order)  # sequences of all processes
-        self.sequences = torch.from_numpy(own.astype(np.int64))
-        self.filler = torch.from_numpy(sequences[order[:1]].astype(np.int64))  # a process may have none of its own
+        self.sequences = torch.from_numpy(local.astype(np.int64))
+        self.filler = torch.from_numpy(sequences[order[:1]].astype(np.int64))  # also if this process has no sequence
         self.num_batches = math.ceil(math.ceil(len(order) / world.size) / batch)  # the same on all processes
         self.bytes = None if lengths is None else lengths[self.sequences[:, 1:]]  # (n, T) of the targets
 
@@ -54,7 +54,7 @@ class EvalSet:
     def nats(self, token_losses: TokenLosses, interrupted: Callable[[], bool] = never) -> Tensor | None:
         """The losses of this process's targets: (n, T) float64, on the CPU; None if `interrupted` before the end.
 
-        All batches have one shape, because compiled code depends on it: the last ones are filled up with copies of a
+        All batches have one shape, because compiled code depends on it: the last ones are padded with copies of a
         sequence, which do not count. Collective if token_losses or interrupted is.
         """
         parts = []
@@ -86,7 +86,7 @@ def mix_probabilities(nats: Sequence[Tensor], weights: Sequence[float]) -> Tenso
 
 
 def data_efficiency(loss: float) -> float | str:
-    """How many times 100M tokens a standard pretraining run needs for this loss.
+    """The tokens that a standard pretraining run needs for this loss, as a multiple of 100M.
 
     Linear between the measured losses; "< 2x" or "> 20x" outside of them.
     """

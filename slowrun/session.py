@@ -1,7 +1,7 @@
 """A run from its command line to its result.
 
 The session has the clock, the cap, the score and the run folder. It knows nothing of models, optimizers or schedules:
-it gets plans, names and numbers from the script, losses per token, and state through state_dict and load_state_dict.
+the script gives it plans, names, numbers, losses per token, and state through state_dict and load_state_dict.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ from slowrun.plan import Sizes, StepPlan, describe, summary
 from slowrun.scoring import EvalSet, Score, TokenLosses, data_efficiency
 from slowrun.world import World, join
 
-MEASURED = {  # settings of short runs that are no script's matter
+SHORT_RUN = {  # settings of the short runs that tools measure, the same for all scripts
     "val_sequences": 8, "eval_initial": False, "checkpoints": False, "time_cap_min": 0.0, "wandb": "off",
 }  # fmt: skip
-INITIAL = "initial"  # the validation before the first step, which is no readout
+INITIAL = "initial"  # the validation before the first step, which is not a readout
 Nats = dict[str, Tensor]  # by split, "val" and "holdout": what EvalSet.nats returns
 
 
 class Stateful(Protocol):
-    """What a checkpoint is made of. Both are collective; the state is on the main process, {} on the others."""
+    """The content of a checkpoint. Both methods are collective; the state is on the main process, {} on the others."""
 
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> None: ...
@@ -110,7 +110,7 @@ class StopRequest:
 
 
 class Session:
-    """What a script's main uses, in this order: config, splits, require, open, resume, the loop, stopped or finish.
+    """A run, as a script's main uses it, in this order: config, splits, require, open, resume, loop, stopped or finish.
 
     Within the loop: may_step, which starts the clock; did_step; save, validate and keep_member, which are off the clock
     and do nothing if they were done before a resume. In the readout: load_member, token_nats and read_out. All methods
@@ -132,11 +132,11 @@ class Session:
         may_change: frozenset[str] = frozenset(),
         reopened_by: frozenset[str] = frozenset(),
     ):
-        """Parse the flags, join the processes and read the data. ValueError for all that cannot work.
+        """Parse the flags, join the processes and read the data. ValueError for everything that cannot work.
 
         demo, record_sizes: see parse_flags. one_model: whether all processes train one model. may_change: fields that a
-        resume may change, beside those of every track. A run to resume that has finished ends the process, but for the
-        fields that are named by reopened_by.
+        resume may change, beside those of every track. If the run to resume has finished, the process ends, unless a
+        field that reopened_by names is set.
         """
         self.started = time.monotonic()
         self.earlier_wall_s = 0.0
@@ -201,7 +201,7 @@ class Session:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a signal has asked this process to stop; the others may not know of it."""
+        """Whether a signal has asked this process to stop; other processes may not have had one."""
         return bool(self.stop_request.signal)
 
     def eval_set(self, split: Split, world: World, max_sequences: int | None = None) -> EvalSet:
@@ -211,13 +211,13 @@ class Session:
         return EvalSet(split, c.sequence_len, count, c.eval_batch, world, self.token_bytes)
 
     def extend(self, earlier_result: str, **fields) -> None:
-        """Lengthen a finished run: open will write these fields into config.json, and rename the result so far."""
+        """Lengthen a finished run: open will write these fields to config.json, and rename the earlier result."""
         self.extended = fields
         self.earlier_result = earlier_result
         self.config = dataclasses.replace(self.config, **fields)
 
     def _write_extension(self) -> dict:
-        """Returns the new content of config.json."""
+        """Write what extend announced -> the new content of config.json."""
         folder = self.folder.path
         content = run_folder.read_config(folder)
         content |= {key: content[key] | self.extended for key in ("config", "overrides")}
@@ -226,9 +226,9 @@ class Session:
         return content
 
     def _prepare_plan(self) -> None:
-        """What --plan needs: no other process, and the training split or a stand-in for it.
+        """Set up what --plan needs: no other process, and the training split or a stand-in for it.
 
-        bfloat16, as on the GPUs that a run is planned for, unless --dtype or --device cpu says otherwise.
+        The dtype is bfloat16, as on the GPUs that a run is planned for, unless --dtype or --device cpu says otherwise.
         """
         c = self.config
         cuda = torch.cuda.is_available() and c.device != "cpu"
@@ -253,7 +253,7 @@ class Session:
             "data": data,
             "assumed_data": not self.has_data,
             "repeats": repeats,
-            "short_runs": {name: as_flags(MEASURED | settings) for name, settings in short_runs.items()},
+            "short_runs": {name: as_flags(SHORT_RUN | settings) for name, settings in short_runs.items()},
             "time_cap_min": c.time_cap_min,
             "vocab_size": c.vocab_size,
             "sequence_len": c.sequence_len,
@@ -281,9 +281,9 @@ class Session:
     ) -> None:
         """Refuse a run that cannot fit into memory or on the disk, before anything is allocated (ValueError).
 
-        With --plan the plan is written, and the process ends. short_runs: settings of short runs with each stage, by
-        its name, and with "all", for tools that measure them. repeats: how often the run goes through the plan.
-        processes: that train one model, by default all. trains: False for a run that only reads out what there is.
+        With --plan the plan is written, and the process ends. short_runs: settings of short runs of each stage, by its
+        name, and of "all", for tools that measure them. repeats: how many times the run goes through the plan.
+        processes: the number that train one model, by default all. trains: False for a run that only reads out.
         """
         self.model_processes = self.world.size if processes is None else processes
         if self.plan_file is not None:
@@ -294,7 +294,7 @@ class Session:
         self.disk_line = self.world.on_main(self._check_disk) if trains else "nothing is trained"
 
     def _check_memory(self) -> float:
-        """Estimated bytes per process. On a GPU the activations are left to the warm-up, which will show."""
+        """The estimated bytes per process. On a GPU only the warm-up shows whether the activations fit too."""
         sizes, world, processes = self.sizes, self.world, self.model_processes
         stages = list(self.plan.stages.values())
         static = max(sizes.static_bytes(processes, stage) for stage in stages)
@@ -326,10 +326,10 @@ class Session:
         return needed
 
     def _check_disk(self) -> str:
-        """What the header says of the disk. What is in the run folder already counts."""
+        """The header's line on the disk; ValueError if it has too little space for what the run folder lacks yet."""
         c, sizes = self.config, self.sizes
         folder = Path(self.saved["folder"]) if self.saved else Path(c.runs_dir) / c.run_name
-        there, free = disk_space(folder)
+        present, free = disk_space(folder)
         needed = sizes.disk_bytes(c.checkpoints)
         parts = f"weights for the readout, {sizes.members} x {sizes.member_bytes / GIB:.3g} GiB"
         if sizes.score_bytes:
@@ -339,10 +339,10 @@ class Session:
             parts += f" of each of {sizes.models} models" if sizes.models > 1 else ""
             parts += f", {sizes.checkpoint_bytes / GIB:.3g} GiB each"
         else:
-            parts += "; no checkpoints, so --resume would begin anew"
+            parts += "; no checkpoints, so --resume would start over"
         text = f"up to {needed / GIB:.3g} GiB in {folder} ({parts}); {free / GIB:.3g} GiB are free"
-        if needed - there > free:
-            text += f", and {there / GIB:.3g} GiB of it are there" if there else ""
+        if needed - present > free:
+            text += f", and {present / GIB:.3g} GiB of it are there already" if present else ""
             raise ValueError(f"the run needs {text}: make space, or choose another --runs-dir")
         return text
 
@@ -355,9 +355,9 @@ class Session:
     ) -> None:
         """Make or reopen the run folder, catch signals, and print the header.
 
-        kernels: what is chosen, by setting. slower: what to say of them on a GPU, if they are not the fastest. header:
-        lines instead of those about the plan, by the words in front. has_children: whether other sessions within this
-        one train; then each is a run of Weights & Biases.
+        kernels: the choices, by setting. slower: a note on them for a GPU, if they are not the fastest. header: lines
+        that replace those about the plan, by title. has_children: whether the training is done by child sessions; then
+        each of them is a run of Weights & Biases.
         """
         c, world = self.config, self.world
         self.kernels = kernels
@@ -401,8 +401,8 @@ class Session:
     ) -> Session:
         """A session for a model that a group of processes trains in a folder within this run's.
 
-        It has its own steps, clock, lock, log, metrics, checkpoints and members. What this session knows of the command
-        line, the code and the machine is the child's too, and so is a signal that asks to stop. number: appended to the
+        It has its own steps, clock, lock, log, metrics, checkpoints and members. It has the command line, the code and
+        the machine in common with this session, and a signal that asks to stop reaches both. number: appended to the
         run id. label: put in front of lines on the screen. repeats: how many such models these processes train one
         after the other. ValueError if another process trains it. Collective for `world`, the group.
         """
@@ -418,7 +418,7 @@ class Session:
         child.earlier_wall_s = 0.0
         child.handlers = {}
         child._begin()
-        is_first_group = self.world.rank < world.size  # one that is trained beside it would write over its bar
+        is_first_group = self.world.rank < world.size  # the bars of several groups would overwrite each other
         path = self.folder.path / folder
         run_id = f"{self.saved['run_id']}-{number:02d}"
         child.folder = RunFolder(path, run_id, world.is_main, label=f"{label} | ", bar=is_first_group)
@@ -429,7 +429,7 @@ class Session:
         return child
 
     def _open_child(self) -> bool:
-        """Open the folder of a child; whether it was begun before."""
+        """Open the folder of a child -> whether it was begun before."""
         path = self.folder.path
         for name in ("checkpoints", "final"):
             (path / name).mkdir(parents=True, exist_ok=True)
@@ -443,13 +443,13 @@ class Session:
         return bool(self.folder.checkpoints()) or (path / "metrics.jsonl").stat().st_size > 0
 
     def warmed_up(self, errors: dict[str, float]) -> None:
-        """Say what the warm-up took, and the errors of the kernels against their plain twins."""
+        """Log the duration of the warm-up, and the errors of the kernels against their plain twins."""
         parts = [f"{name} {self.kernels[name]} (error {error:.2g})" for name, error in errors.items()]
         seconds = time.monotonic() - self.opened
         self.log(f"warm-up   {seconds:.1f} s, compilation included; {', '.join(parts)}")
 
     def resume(self, training: Stateful) -> None:
-        """Load the newest checkpoint, if the run has one. ValueError if what is there is damaged."""
+        """Load the newest checkpoint, if the run has one. ValueError if it is damaged."""
         if not self.saved.get("resumed"):
             return
         tensors: dict = {}
@@ -485,7 +485,7 @@ class Session:
         self.log(f"resumed at step {self.step}/{self.plan.num_steps}, after {seconds:.1f} s of training")
 
     def _check_members(self, members: list[dict]) -> None:
-        """ValueError if weights of the readout are not as they were saved.
+        """Check that the weights of the readout are as they were saved (ValueError).
 
         Those of a child are hashed when they are read out; until then, what is missing is left out.
         """
@@ -495,12 +495,12 @@ class Session:
                 self.log(f"WARNING: {path} is missing or damaged: it is left out")
                 members.remove(member)
             elif self.parent is None and (not path.exists() or sha256_file(path) != member["sha256"]):
-                raise ValueError(f"{path}, of the readout, is missing or damaged: empty checkpoints/ to begin anew")
+                raise ValueError(f"{path}, of the readout, is missing or damaged: empty checkpoints/ to start over")
 
     # -------------------------------------------------------------------------------------------------------- the loop
 
     def may_step(self) -> bool:
-        """Whether to take another step: there is one, it fits into the cap, and no signal came. Starts the clock.
+        """Whether to take another step: there is one, it fits into the cap, and no signal came. Then the clock starts.
 
         All processes agree. Sets stopped_by, interrupted and save_is_due.
         """
@@ -524,10 +524,10 @@ class Session:
         return True
 
     def did_step(self, losses: dict[str, Tensor], values: dict[str, Any], batch: Tensor) -> None:
-        """A step was enqueued. On a GPU its losses are read one step late, so that the device never waits.
+        """Count a step that was enqueued. On a GPU its losses are read one step late, so that the device never waits.
 
-        losses: parts of this process, () each, that are summed; the first is printed. values: for the metrics. batch:
-        what the step trained on, which is saved if a loss turns out not to be finite.
+        losses: this process's part of each, (), which the session sums; the first is printed. values: for the metrics.
+        batch: the step's sequences, which are saved if a loss is not finite.
         """
         self.in_flight.append(StepInFlight(self.step, LossesInFlight(losses), values, batch))
         self.step += 1
@@ -539,7 +539,7 @@ class Session:
     def save(self, training: Stateful) -> None:
         """Write a checkpoint. If this step is saved already, add only what was read out since.
 
-        A full disk does not end the run: the failure is a line of the log, and earlier checkpoints stay.
+        A full disk does not end the run: the failure is logged, and earlier checkpoints stay.
         """
         if not self.config.checkpoints:
             return
@@ -597,7 +597,7 @@ class Session:
     def keep_member(self, name: str, weights: dict[str, Tensor], **notes: Any) -> None:
         """Keep weights for the readout, in final/. Those that a full disk refuses wait in memory.
 
-        notes: what else final/members.json is to say of them.
+        notes: further entries for the member in final/members.json.
         """
         if name in self.members:
             return
@@ -616,13 +616,13 @@ class Session:
                     self.log(f"NOT saved: {failure}. It waits in memory for space on the disk")
 
     def drop_member(self, name: str) -> None:
-        """Keep it no longer. Its file goes once a checkpoint is written that does not name it."""
+        """Drop a member. Its file is deleted once a checkpoint is written that does not name it."""
         self.members.remove(name)
         del self.member_files[name]
         self.unsaved.pop(name, None)
 
     def load_member(self, name: str) -> dict[str, Tensor]:
-        """Weights that were kept, on the device of every process."""
+        """The weights of a member, on the device of every process."""
         loaded = {}
         if self.world.is_main:
             loaded = self.unsaved.get(name) or load_file(self.folder.path / "final" / self.member_files[name]["file"])
@@ -637,7 +637,7 @@ class Session:
     # -------------------------------------------------------------------------------------------------------------- end
 
     def stopped(self, training: Stateful | None) -> int:
-        """Save what a signal interrupted, and say how to resume -> exit code: 0 if it is saved.
+        """Save what a signal interrupted, and print how to resume -> exit code: 0 if it is saved.
 
         training: None for a session whose children train.
         """
@@ -652,7 +652,7 @@ class Session:
         """Score the holdout, and write final/members.json and result.json -> exit code: 0 if they are written.
 
         readout: the declared one. losses: of its prediction. mixing ("weight" or "probability"), members (weights by
-        name) and stage (arguments of the model) say how to make the prediction again.
+        name) and stage (arguments of the model): what final/members.json needs to make the prediction again.
         """
         holdout = None
         if "holdout" in self.eval_sets:
@@ -684,12 +684,12 @@ class Session:
         """Close the run -> exit code. failure: why the result is not saved, if it is not."""
         if failure:
             folder = self.folder.path
-            self.log(f"the result is NOT saved ({failure}): make space, then --resume {folder} goes on")
+            self.log(f"the result is NOT saved ({failure}): make space, then continue with --resume {folder}")
         self.close()
         return 1 if failure else 0
 
     def _save_final(self, mixing: str, members: dict[str, float], stage: dict) -> str:
-        """Complete final/, with members.json, and drop what else is there -> why it failed; empty if it did not."""
+        """Complete final/, with members.json, and delete other files -> why it failed; empty if it did not."""
         chosen = [self.member_files[name] | {"weight": weight} for name, weight in members.items()]
         final = self.folder.path / "final"
         for path in final.iterdir():
@@ -733,7 +733,7 @@ class Session:
     def complete_result(
         self, result: dict, score: Score, holdout: Score | None, final_sha256: dict[str, str] | None = None
     ) -> dict:
-        """Add to what a run did its scores, what it ran on, its hashes and whether it can be a record.
+        """The result with its scores, hardware, versions, hashes and eligibility added.
 
         final_sha256: hashes of files of final/ that are known already, by name.
         """
@@ -775,7 +775,7 @@ class Session:
     # ---------------------------------------------------------------------------------------------------------- signals
 
     def _on_signal(self, number: int, frame) -> None:
-        """Stop after the step or the batch under way.
+        """Ask to stop after the current step or batch.
 
         A second signal soon after is the same stop, from a scheduler and from torchrun; a later one ends the process.
         """
@@ -802,7 +802,7 @@ class Session:
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """Wait for the steps in flight, count them, and let the clock stand still until the end of the block."""
+        """Wait for the steps in flight, count them, and stop the clock until the end of the block."""
         self._read_losses(keep=0)
         was_running = self.clock.running
         self.clock.stop()
@@ -823,7 +823,7 @@ class Session:
                     self._fail(f"the {name} is {loss} at step {done.step + 1}", done.step + 1, done.batch)
 
     def _record_step(self, step: int, dt_s: float, losses: dict[str, float], values: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, the progress bar, and every log_every steps a printed line."""
+        """Write a line of metrics.jsonl, move the progress bar, and every log_every steps print a line."""
         c, plan = self.config, self.plan
         done = step + 1
         progress = {"step": done, "epoch": int(plan.epoch[step]) + 1, "dt_s": dt_s, "tokens": int(plan.tokens[done])}
@@ -881,7 +881,7 @@ class Session:
         failure = ""
         if self.world.is_main:
             failure = self._save_members() or self.folder.save_checkpoint(tensors, self._checkpoint_info())
-            outcome = f"NOT saved: {failure}. The run goes on, and earlier checkpoints stay" if failure else "saved"
+            outcome = f"NOT saved: {failure}. The run continues, and earlier checkpoints stay" if failure else "saved"
             self.log(f"checkpoint at step {self.step} {outcome}, in {time.monotonic() - started:.1f} s")
             if not failure:
                 self._delete_dropped_members()
@@ -890,7 +890,7 @@ class Session:
             self.saved_step = self.step
 
     def _update_checkpoint(self) -> None:
-        """The checkpoint of this step has the tensors already; what was read out since is added."""
+        """Add what was read out since to the checkpoint of this step, which has the tensors already."""
         failure = ""
         if self.world.is_main:
             failure = self._save_members() or self.folder.update_checkpoint(self._checkpoint_info())
@@ -919,14 +919,14 @@ class Session:
         return ""
 
     def _fail(self, message: str, step: int, batch: Tensor | None) -> NoReturn:
-        """End the run, and keep what is needed to look at it: every process's part of the step's sequences."""
+        """End the run, and keep the evidence: every process's part of the step's sequences."""
         if batch is not None:
             path = self.folder.path / f"non_finite_rank_{self.world.rank}.pt"
             write_atomically(path, partial(torch.save, {"step": step, "batch": batch.cpu()}))
         if self.world.is_main:
             result = {"track": self.track, "status": "failed", "stopped_by": "non_finite_loss", "steps": step}
             write_json(self.folder.path / "result.json", result | {"run_id": self.saved["run_id"]})
-            kept = ", ".join(path.stem for path in self.folder.checkpoints()) or "none, it begins anew"
+            kept = ", ".join(path.stem for path in self.folder.checkpoints()) or "none, it starts over"
             self.log(f"stopped: {message}")
             self.log(f"checkpoints before it, from which --resume repeats the steps: {kept}")
         self.close()
@@ -943,13 +943,13 @@ class Session:
             self.log(f"{stopped}; resume with: {command}")
         else:
             kept = self.folder.checkpoints()
-            begins = f"goes on from step {int(kept[-1].stem[5:])}" if kept else "begins anew"
+            begins = f"continues from step {int(kept[-1].stem[5:])}" if kept else "starts over"
             self.log(f"{stopped}, which --no-checkpoints did not save: {command} {begins}")
         self.close()
         return 0 if self.config.checkpoints and not self.save_failure else 1
 
     def close(self) -> None:
-        """Give back the signals and the lock."""
+        """Restore the signal handlers and release the lock."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.folder.close()
@@ -995,7 +995,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def final_block(result: dict, folder: Path) -> str:
-    """The last thing that a run prints."""
+    """The block that a run prints at its end."""
     bpb = f", {result['val_bpb']:.4f} bits per byte" if result["val_bpb"] else ""
     holdout = f"{result['holdout_loss']:.4f}" if result["holdout_loss"] is not None else "none"
     several = len(result["final_sha256"]) > 2  # the members, and members.json
@@ -1024,7 +1024,7 @@ def duration(seconds: float) -> str:
 
 
 def resume_command(processes: int, folder: Path) -> str:
-    """What resumes a run on this machine."""
+    """The command that resumes a run on this machine."""
     start = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
     if processes != int(os.environ.get("LOCAL_WORLD_SIZE", processes)):  # torchrun says how many are on this machine
         start = "torchrun, on all machines as before,"
@@ -1050,9 +1050,9 @@ def begin(track: str, config: RunConfig, script: Path, data_sha256: dict[str, st
 
 
 def reopen(track: str, folder: Path, given: dict, script: Path, may_change: set[str] = RESUME_MAY_CHANGE) -> dict:
-    """The content of config.json of a run to resume, its folder, and whether it has finished.
+    """The content of config.json of a run to resume, with its folder and whether it has finished.
 
-    given: the flags of this command line. ValueError says why this script and these flags cannot continue the run.
+    given: the flags of this command line. ValueError if this script and these flags cannot continue the run.
     """
     saved = run_folder.read_config(folder)
     if saved["track"] != track:
@@ -1077,7 +1077,7 @@ def reopen(track: str, folder: Path, given: dict, script: Path, may_change: set[
 
 
 def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> None:
-    """ValueError if a run would continue on other files than it was started with."""
+    """Refuse to continue a run on other files than it was started with (ValueError)."""
     for split in saved["data_sha256"] | data_sha256:
         then = saved["data_sha256"].get(split, "none")
         now = data_sha256.get(split, "none")
@@ -1097,7 +1097,7 @@ def finished_run(run_dir: Path, track: str) -> tuple[dict, dict]:
 
 
 def load_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a member, on the CPU, in float32 or wider, as compute weights are made from."""
+    """The weights of a member, on the CPU, in float32 or wider, ready for compute_weights."""
     return {name: p.to(torch.promote_types(dtype, torch.float32)) for name, p in load_file(path).items()}
 
 
@@ -1108,7 +1108,7 @@ def exit_code(main: Callable[[], int], script: str) -> int:
     except NonFiniteLoss:  # the log has the reason
         return 1
     except (ValueError, torch.OutOfMemoryError) as error:
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # until they have met, all find the same
+        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():  # before they join, all have the same error
             advice = "" if isinstance(error, ValueError) else "\nLess memory: --device-batch, --eval-batch"
             print(f"{Path(script).name}: error: {error}{advice}", file=sys.stderr)
         return 2

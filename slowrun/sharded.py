@@ -1,6 +1,7 @@
-"""Masters, gradients and optimizer state, sharded over processes (ZeRO-2, arXiv 1910.02054). Only communication.
+"""Masters and gradients in buckets, optimizer state sharded over the processes (ZeRO-2, arXiv 1910.02054).
 
-Every process holds all masters and all gradients, but only its own shard of the optimizer state. A script's step is
+This module only communicates: the update rules are the script's. Every process holds all masters and all gradients, but
+only its shard of the optimizer state. A script's step is
 
     for bucket, grad in shards.reduce():      # this process's shard of the summed gradient, as it arrives
         update(bucket.shard, grad, bucket.state, bucket.group)
@@ -26,14 +27,14 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class Group(Protocol):
-    """What Shards must know of a script's optimizer group."""
+    """The part of a script's optimizer group that Shards needs."""
 
     names: list[str]
     layout: Literal["stacked", "flat"]
 
 
 class Bucket:
-    """Masters of one group in one buffer, their gradients in another. Each process owns an equal shard of both.
+    """Masters of one group in one buffer, their gradients in another. Each process has an equal shard of both.
 
     stacked: matrices of one shape, (n, rows, cols); matrix i belongs to process i mod world size. flat: elements, (n,).
     Both are padded with zeros to a multiple of the world size. Gradients are float32 or wider.
@@ -64,7 +65,7 @@ class Bucket:
             self.view(self.values, name).copy_(master)
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
-        """The part of a whole buffer, of masters, gradients or state, that belongs to one name."""
+        """The part of a whole buffer (of masters, gradients or state) that belongs to one name."""
         part = buffer[self.spans[name]]
         return part[0] if self.group.layout == "stacked" else part.view(self.shapes[name])
 
@@ -141,7 +142,7 @@ class Shards:
         return buffer
 
     def gather_state(self, key: str) -> dict[str, Tensor]:
-        """A state that all buckets have, whole, by name of the master. Collective."""
+        """A state that all buckets have, unsharded, by name of the master. Collective."""
         found = {}
         for bucket in self.buckets:
             whole = self.whole(bucket.state[key])
@@ -150,7 +151,7 @@ class Shards:
         return {name: found[name] for name in self.masters}
 
     def state_dict(self) -> dict:
-        """Masters and state by name, on the CPU, for any number of processes. Collective; {} but on the main one."""
+        """Masters and state by name, on the CPU, for any number of processes. Collective; {} except on the main one."""
         saved: dict[str, dict[str, Tensor]] = {name: {"master": master.cpu()} for name, master in self.masters.items()}
         for bucket in self.buckets:
             for key, shard in bucket.state.items():

@@ -12,7 +12,7 @@ Weights = dict[str, Tensor]  # by name
 
 
 def unit_weights(masters: Weights, unit: str, make: Callable[[Weights], Weights]) -> Weights:
-    """The compute weights of one unit, such as a block; all names begin with `unit`."""
+    """The compute weights of one unit, such as a block; their names begin with `unit`."""
     wide = {}  # masters may be stored in a narrow dtype
     for name, master in masters.items():
         if name.startswith(unit):
@@ -24,7 +24,7 @@ def compute_weights(masters: Weights, units: Iterable[str], make: Callable[[Weig
     """The parameters of a model by name, made from its masters; differentiable.
 
     units: prefixes of names, such as "transformer.h.3.". make: the masters of a unit, by name without the prefix -> its
-    parameters, likewise. All other masters are parameters as they are.
+    parameters, likewise. All other masters are parameters without change.
     """
     weights = dict(masters)
     for unit in units:
@@ -48,7 +48,7 @@ class ComputeWeights:
 
         weights.refresh(masters)         # leaves = compute weights of the masters, rounded once
         loss.backward()                  # any number of times: gradients add up in float32
-        weights.pull_back(grads)         # grads += gradient by the masters; the sums start again from zero
+        weights.pull_back(grads)         # grads += gradients of the masters; the sums start again from zero
 
     Masters are only read. Other values by the same names (a moved copy, an average) can take their place.
     """
@@ -80,7 +80,7 @@ class ComputeWeights:
                 self.leaves[name].copy_(weight)
 
     def pull_back(self, grads: Weights) -> None:
-        """Add the gradient by the masters of the last refresh to grads, which are float32 or wider."""
+        """Add the gradients of the masters, as of the last refresh, to grads, which are float32 or wider."""
         for name in self.plain:
             grads[name].add_(self.sums[name])
         for unit in self.units:

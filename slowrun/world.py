@@ -1,4 +1,7 @@
-"""Processes: who takes part, and how they agree. Small agreements go through the CPU, so that no GPU waits for them."""
+"""Processes: groups, virtual ranks, collective operations, seeds.
+
+Small values are exchanged through the CPU, so that no GPU waits for them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class World:
 
     @property
     def virtual_ranks(self) -> range:
-        """The virtual ranks that this process plays."""
+        """The virtual ranks that this process computes."""
         count = VIRTUAL_RANKS // self.size
         return range(self.rank * count, (self.rank + 1) * count)
 
@@ -71,7 +74,7 @@ class World:
     def main_first(self, function: Callable, *args) -> Any:
         """Call the function on the main process, then on the others -> each process's own result. Collective.
 
-        For what all processes must do and all find wrong alike: only the main process raises its ValueError or OSError.
+        For calls that fail on all processes alike: only the main process raises its ValueError or OSError.
         """
         result = None
 
@@ -106,7 +109,7 @@ class World:
         return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
     def check_groups(self, group_size: int, flag: str = "a group size of") -> None:
-        """ValueError if the processes cannot form groups of this size that divide the virtual ranks.
+        """Check that the processes can form groups of this size that divide the virtual ranks (ValueError).
 
         flag: what sets the size, for the message.
         """
@@ -140,7 +143,7 @@ def processes_here() -> int:
 
 
 def join(device: str, one_model: bool = True) -> World:
-    """Join the processes that torchrun started, or stand alone without it. device: auto, cuda or cpu.
+    """Join the processes that torchrun started; without torchrun this process is the only one. device: auto, cuda, cpu.
 
     ValueError if there are more processes than GPUs on this machine, or, where all processes train one model, if they
     cannot divide the virtual ranks evenly.

@@ -105,7 +105,7 @@ def test_short_runs_have_the_stages_that_they_are_named_after(track, tmp_path):
     official = write_plan(track, tmp_path / "plan.json", data_dir=str(tmp_path / "none"))
     flops = {stage["stage"]: stage["flops_per_token"] for stage in official["stages"]}
     assert {*STAGES[track], "all"} == official["short_runs"].keys()
-    workplace.write_shards(tmp_path / "data", 50257, {"train": 3_200_000, "val": 20_000})
+    workplace.write_splits(tmp_path / "data", 50257, {"train": 3_200_000, "val": 20_000})
     for name, short in official["short_runs"].items():
         with pytest.raises(SystemExit):
             SCRIPTS[track].main([*short, f"--data-dir={tmp_path / 'data'}", f"--plan={tmp_path / 'short.json'}"])
@@ -233,8 +233,8 @@ def test_the_demo(temporary, tmp_path, capsys):
     assert list(temporary.iterdir()) == [] and processes_with(str(temporary)) == []
 
 
-def test_shards_are_accepted_by_the_scripts(tmp_path):
-    workplace.write_shards(tmp_path / "data", 50257, {"train": 1_000_000, "val": 20_000})
+def test_random_splits_are_accepted_by_the_scripts(tmp_path):
+    workplace.write_splits(tmp_path / "data", 50257, {"train": 1_000_000, "val": 20_000})
     split = load_splits(str(tmp_path / "data"), 50257, 2048)["train"]
     assert len(split.tokens) == 1_000_000 and 500 < 1_000_000 / split.num_documents < 1100
     assert token_bytes(str(tmp_path / "data"), 50257)[1] == "from meta.json"

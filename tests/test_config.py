@@ -243,11 +243,11 @@ def test_records_that_cannot_be_trained(script):
 
     assert refusal("--record=3") == "--record 3: the limited track has settings of 1, 2; see --list-records"
     for flag in ("--record=1", "--plan=p.json"):
-        assert "--record and --plan are for a new run: --resume goes on with" in refusal(flag, "--resume=runs/x")
+        assert "--record and --plan are for a new run: --resume continues with" in refusal(flag, "--resume=runs/x")
     for content, message in (
         ({"settings": {"n_layers": 3}}, "sets n_layers, which this script does not have"),
         ({}, "it lacks settings"),
-        ({"settings": []}, "its settings are no JSON object"),
+        ({"settings": []}, "its settings are not a JSON object"),
         ({"settings": {"mlp": "relu"}}, "sets mlp to 'relu': it must be relu2 or swiglu"),
         ({"settings": {"n_layer": "3"}}, "sets n_layer to '3': it must be of type int"),
         ({"settings": {"n_layer": 3.0}}, "sets n_layer to 3.0: it must be of type int"),

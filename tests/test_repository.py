@@ -21,7 +21,7 @@ from slowrun.data import unread_split
 from slowrun.machine import GIB
 from slowrun.plan import Sizes, StepPlan
 from slowrun.rules import OFFICIAL_TRAIN_TOKENS
-from tools import bench
+from tools import bench, imports
 
 README = (ROOT / "README.md").read_text()
 PACKAGE = {name: importlib.import_module(f"slowrun.{name}") for name in INSTRUMENT if name != "__init__"}
@@ -49,7 +49,19 @@ def test_links_lead_somewhere(readme):
 
 @EACH_PAGE
 def test_flags_exist(readme, capsys):
-    for script in (train, tiny, two_hour, unlimited, prepare_data, instruments, leaderboard, referee, submit, bench):
+    for script in (
+        train,
+        tiny,
+        two_hour,
+        unlimited,
+        prepare_data,
+        instruments,
+        leaderboard,
+        referee,
+        submit,
+        bench,
+        imports,
+    ):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
@@ -95,7 +107,7 @@ def test_the_map_is_complete():
     block = README.split("## Repository")[1].split("```")[1]
     listed = set(re.findall(r"^([\w./]+)", block, re.MULTILINE))
     there = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if not path.name.startswith((".", "_"))}
-    scripts = {name for name in there if name.endswith(".py")} | {"slowrun/", "records/", "tests/", "tools/"}
+    scripts = {name for name in there if name.endswith(".py")} | {"slowrun/", "records/", "tests/", "tools/", "docs/"}
     scripts |= {f"{folder}/train.py" for folder in ("tiny", "two_hour", "unlimited")}
     assert listed - {"Makefile"} == scripts and len(block.splitlines()) < 25
     assert all((ROOT / path).exists() for path in listed)
@@ -109,6 +121,30 @@ def test_the_table_of_the_instrument_is_complete():
     assert rows == [(name, name) for name in order] and set(order) == PACKAGE.keys()
 
 
+def test_the_picture_of_the_imports_is_current():
+    graph = imports.read_graph()
+    assert imports.problems(graph) == []
+    assert imports.digest(graph) in imports.PICTURE.read_text(), "draw it again: python tools/imports.py"
+
+
+def test_an_import_that_goes_up_is_found(monkeypatch, capsys):
+    graph = imports.read_graph()
+    graph["slowrun.data"] = {"slowrun.world", "slowrun.session"}
+    graph["slowrun.plan"] = graph["slowrun.plan"] | {"slowrun.kernels"}
+    graph["records.draw"] = {"records.leaderboard"}
+    graph["slowrun.new"] = set()
+    monkeypatch.setattr(imports, "read_graph", lambda: graph)
+    assert imports.main(["--text"]) == 1
+    errors = capsys.readouterr().err
+    for message in (
+        "slowrun.data imports slowrun.session, which is not below it",
+        "slowrun.plan imports slowrun.kernels, which is not below it",
+        "imports form a cycle",
+        "slowrun.new has no place in the picture",
+    ):
+        assert message in errors
+
+
 def test_messages_in_the_troubleshooting_exist():
     """The words between what varies are in the code."""
     scripts = ["train.py", "model.py", "tiny/train.py", "two_hour/train.py", "unlimited/train.py", "prepare_data.py"]
@@ -118,7 +154,7 @@ def test_messages_in_the_troubleshooting_exist():
     messages = re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
     assert len(messages) > 8
     for message in messages:
-        for part in re.split(r"\.\.\.,?|: | varlen |head fp8 | nan | training |\S+/\S+", message):
+        for part in re.split(r"\.\.\.,?|: | varlen |head fp8 | nan | training |train_loss|\S+/\S+", message):
             assert part.strip() in code, message
 
 

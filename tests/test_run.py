@@ -325,7 +325,7 @@ def test_a_full_disk_at_a_checkpoint_does_not_end_the_run(paths, folder, capsys)
     assert not list((folder / "checkpoints").glob("*.tmp"))
     printed = capsys.readouterr().out
     assert "checkpoint at step 8 NOT saved: OSError, [Errno 28] No space left on device" in printed
-    assert "GiB free). The run goes on, and earlier checkpoints stay" in printed
+    assert "GiB free). The run continues, and earlier checkpoints stay" in printed
     assert run_main(toy, ["--resume", str(folder)]) == 0
     assert "resumed at step 7/11" in capsys.readouterr().out and read_result(folder)["steps"] == 11
 
@@ -375,7 +375,7 @@ def test_a_result_that_cannot_be_saved_can_be_resumed(paths, folder, capsys, nam
             fill_disk(patch, run_folder, "write_json", lambda path, content: path.name == name)
         assert run(paths) == 1
     printed = capsys.readouterr().out
-    assert "val_loss " in printed and f"make space, then --resume {folder} goes on" in printed
+    assert "val_loss " in printed and f"make space, then continue with --resume {folder}" in printed
     assert not (folder / "result.json").exists()
     assert run_main(toy, ["--resume", str(folder)]) == 0
     result = read_result(folder)
@@ -396,7 +396,7 @@ def test_a_disk_that_is_too_small_is_refused(paths, folder, monkeypatch):
     error = refusal(toy, flags(**paths | sizes))
     assert f"GiB in {folder} (weights for the readout, 2 x {member / 2**30:.3g} GiB, and three checkpoints" in error
     assert error.endswith("make space, or choose another --runs-dir") and not Path(paths["runs_dir"]).exists()
-    assert "no checkpoints, so --resume would begin anew" in refusal(
+    assert "no checkpoints, so --resume would start over" in refusal(
         toy, flags(**paths, layers=10**6, checkpoints=False)
     )
     disk.free += 1
@@ -404,7 +404,7 @@ def test_a_disk_that_is_too_small_is_refused(paths, folder, monkeypatch):
         assert run(paths, **sizes) == 0
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     disk.free -= there + 1
-    assert "GiB of it are there: make space" in refusal(toy, ["--resume", str(folder)])
+    assert "GiB of it are there already: make space" in refusal(toy, ["--resume", str(folder)])
     disk.free += 1
     assert run_main(toy, ["--resume", str(folder)]) == 0
 
@@ -606,7 +606,7 @@ def test_a_plan_of_data_that_are_there(paths, tmp_path):
     assert (content["num_steps"], content["tokens"], content["assumed_data"]) == (11, 11264, False)
     nowhere = tmp_path / "nowhere" / "plan.json"
     assert "choose another --plan FILE" in refusal(toy, flags(**paths | {"plan": nowhere}))
-    assert "--resume goes on with the run's own settings" in refusal(toy, ["--plan=p.json", "--resume=runs/run"])
+    assert "--resume continues with the run's settings" in refusal(toy, ["--plan=p.json", "--resume=runs/run"])
 
 
 def test_profiling_changes_no_number(paths, folder, capsys):
@@ -641,7 +641,7 @@ def test_a_run_without_checkpoints(paths, folder, capsys):
     assert not list((folder / "checkpoints").iterdir())
     printed = capsys.readouterr().out
     assert "stopped by SIGTERM after step 8, which --no-checkpoints did not save" in printed
-    assert f"--resume {folder} begins anew" in printed
+    assert f"--resume {folder} starts over" in printed
     assert run_main(toy, ["--resume", str(folder)]) == 0
     assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
     assert_same_outcome(folder, folder.with_name("reference"))

@@ -188,7 +188,7 @@ def test_members_give_the_claimed_loss(track, little_data, reference, tmp_path):
         assert nats == pytest.approx(claimed, abs=1e-6)
     if MIXING[name_of(track)] == "probability":
         (_, first), _ = track.load_members(reference, "cpu")
-        with pytest.raises(ValueError, match="use them one at a time"):
+        with pytest.raises(ValueError, match="use members one at a time"):
             first(sequences[:1, :-1])
 
 

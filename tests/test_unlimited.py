@@ -589,14 +589,14 @@ def test_stopped_by_a_signal_and_resumed(base, folder, monkeypatch, capsys):
 
 
 def test_an_ensemble_without_checkpoints(base, folder, monkeypatch, capsys):
-    """Snapshots are written, checkpoints are not: the chain that a signal stopped begins anew, with the same result."""
+    """Snapshots are written, checkpoints are not: the chain that a signal stopped starts over, with the same result."""
     values = base | TINY | {"dropout": 0.1}
     assert run(flags(**values | {"run_name": "reference"})) == 0
     signal_at(monkeypatch, chain=1, step=11)
     assert run(flags(**values | {"checkpoints": False})) == 1
     printed = capsys.readouterr().out
-    assert "no checkpoints, so --resume would begin anew" in printed
-    assert f"which --no-checkpoints did not save: python {sys.argv[0]} --resume {folder} begins anew" in printed
+    assert "no checkpoints, so --resume would start over" in printed
+    assert f"which --no-checkpoints did not save: python {sys.argv[0]} --resume {folder} starts over" in printed
     assert not list(folder.rglob("step_*")) and list((folder / "chains/chain_00/final").glob("*.safetensors"))
     assert run(["--resume", str(folder)]) == 0
     assert "chain 1 | no checkpoint yet: starting from step 0" in capsys.readouterr().out
@@ -893,7 +893,7 @@ def test_a_damaged_checkpoint_of_any_chain_is_found_at_the_start(base, folder, m
     other.mkdir(parents=True)
     capsys.readouterr()
     assert run(["--resume", str(folder)]) == 2
-    said = f"{newest.with_suffix('.json')} is damaged, or what it tells of: delete it to resume chain 0"
+    said = f"{newest.with_suffix('.json')} or its tensors are damaged: delete it to resume chain 0"
     assert said in capsys.readouterr().err
     newest.with_suffix(".json").unlink()
     assert run(["--resume", str(folder)]) == 0 and len(members_of(folder)) == 4

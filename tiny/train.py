@@ -7,10 +7,10 @@
     python tiny/train.py --demo                               # toy sizes (after prepare_data.py --source demo)
 
 This file is the whole experiment, in reading order: Config, Model, Optimizer, Schedules, Data order, Training step,
-Readout, main. What no record may change (the score, the clock, the run folder) and the plumbing that no record wants
-to read (processes, flags, checkpoints, communication) are in slowrun/.
+Readout, main. What no record may change (the score, the clock, the run folder) is in slowrun/, and so is the plumbing
+(processes, flags, checkpoints, communication).
 
-A batch always belongs to 8 virtual ranks, and a process plays 8 / world_size of them, so 1, 2, 4 and 8 processes
+A batch is always split over 8 virtual ranks, and a process computes 8 / world_size of them, so 1, 2, 4 and 8 processes
 compute the same run.
 
 Notation in shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H, L = n_layer, V = vocab_size.
@@ -126,7 +126,7 @@ class Config(RunConfig):
     key_offset: bool = True  # shift half of each key by one position in layers with a full window
     xsa_layers: int = -1  # first layers that have exclusive self-attention; -1 for all
     decay_schedule: bool = True  # let the weight decay fall and rise; else it is constant
-    shuffle: Literal["documents", "micro_steps"] = "documents"  # what each epoch puts into another order
+    shuffle: Literal["documents", "micro_steps"] = "documents"  # what each epoch shuffles
     readout: Literal["average", "last", "ema"] = "average"  # of epochs' weights; the last weights; the moving average
 
     def __post_init__(self):
@@ -152,7 +152,7 @@ class Config(RunConfig):
 
     @property
     def exclusive_layers(self) -> int:
-        """How many of the first layers have exclusive self-attention."""
+        """The number of first layers that have exclusive self-attention."""
         return self.n_layer if self.xsa_layers < 0 else min(self.xsa_layers, self.n_layer)
 
     @property
@@ -181,13 +181,13 @@ class Config(RunConfig):
         return {"average": self.readout_epochs, "last": 1, "ema": 0}[self.readout]
 
     def window(self, layer: int) -> int:
-        """How many earlier positions a layer attends to, at most."""
+        """The number of earlier positions that a layer attends to, at most."""
         is_last = layer == self.n_layer - 1
         letter = self.window_pattern[layer % len(self.window_pattern)]
         return self.sequence_len if is_last or letter == "L" else self.sequence_len // 2
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer has one, counted from the last."""
+        """Whether a layer has a value embedding: every second one, counted from the last."""
         return layer % 2 == (self.n_layer - 1) % 2
 
 
@@ -504,7 +504,7 @@ GRAD_SCALE = 0.75 / 448  # of the logits' gradient, which is in e5m2
 
 
 def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float, head: str):
-    """Some positions' part of HeadLoss: x (n, C), lm_head (C, padded V), targets (n, K) int64, weights (K,).
+    """The part of HeadLoss for some positions: x (n, C), lm_head (C, padded V), targets (n, K) int64, weights (K,).
 
     head "fp8": the operands of all three products are rounded to 8 bits with fixed scales. The gradient of the logits
     is that of the sum over positions, because that of their mean would be too small for e5m2.
@@ -669,7 +669,7 @@ class Group:
 
     @property
     def layout(self) -> Literal["stacked", "flat"]:
-        """Muon needs whole matrices; AdamW works on elements."""
+        """The layout of the shards: Muon needs whole matrices; AdamW works on elements."""
         return "stacked" if self.method == "muon" else "flat"
 
 
@@ -768,7 +768,7 @@ def make_shards(config: Config, masters: dict[str, Tensor], world: World) -> Sha
     """The masters and their optimizer state: Muon's and AdamW's moments, and the EMA of the weights."""
     shards = Shards(masters, optimizer_groups(config, list(masters)), world)
     for bucket in shards.buckets:
-        shard = bucket.grad_shard  # of the dtype that state has
+        shard = bucket.grad_shard  # has the dtype of the state
         if bucket.group.method == "muon":
             shards.add_state(bucket, "momentum", torch.zeros_like(shard))
             mean_square = shard.mean(dim=reduced_dim(shard), keepdim=True)
@@ -828,7 +828,7 @@ class Optimizer:
 
 
 def warmdown(config: Config, step: int, num_steps: int) -> float:
-    """1, then linear to 0 over the last `warmdown` of the steps."""
+    """1, then linearly down to 0 over the last `warmdown` of the steps."""
     length = round(config.warmdown * num_steps)
     return min(1.0, (num_steps - step) / length) if length else 1.0
 
@@ -848,7 +848,7 @@ def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
 
 
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
-    """Constant, then linear down to decay_low, then linear up to decay_end; relative to config.weight_decay."""
+    """Constant, linearly down to decay_low, then linearly up to decay_end; relative to config.weight_decay."""
     if not config.decay_schedule:
         return 1.0
     hold_until = round(config.decay_hold_epochs * num_steps / config.num_epochs)
@@ -877,12 +877,12 @@ def num_passes(config: Config, step: int, num_steps: int) -> int:
 
 
 def ema_decay(config: Config, num_steps: int) -> float:
-    """What an update leaves of the EMA of the weights."""
+    """The factor on the EMA of the weights in an update of it."""
     return config.ema_epoch_decay ** (config.ema_every * config.num_epochs / num_steps)
 
 
 def ema_weight(config: Config, step: int, num_steps: int) -> float:
-    """What the weights after a step contribute to their EMA, which starts from zero; 0 when it is not updated."""
+    """EMA coefficient of the weights after a step; 0 when the EMA is not updated. The EMA starts from zero."""
     return 1 - ema_decay(config, num_steps) if step % config.ema_every == 0 else 0.0
 
 
@@ -899,7 +899,7 @@ class Scheduled:
 
 
 def schedule(config: Config, step: int, num_steps: int) -> Scheduled:
-    """All of the above."""
+    """Evaluate all schedules at a step."""
     return Scheduled(
         lr=lr_multiplier(config, step, num_steps),
         weight_decay=weight_decay_multiplier(config, step, num_steps),
@@ -918,8 +918,8 @@ def schedule(config: Config, step: int, num_steps: int) -> Scheduled:
 def epoch_sequences(config: Config, split: Split, epoch: int) -> np.ndarray:
     """The training sequences of an epoch, counted from 1, in the order of training: (n, T + 1) uint16.
 
-    From epoch 2 on the documents are permuted, from their order in the epoch before. They are cut into sequences, which
-    are permuted in turn. Earlier records take the sequences of the file, and permute the micro-steps.
+    From epoch 2 on the documents are permuted, starting from their order in the epoch before. They are concatenated and
+    cut into sequences, which are permuted too. Earlier records cut the file once, and permute micro-steps.
     """
     length = config.sequence_len + 1
     seeds = range(2, epoch + 1)
@@ -935,7 +935,7 @@ def micro_steps_per_epoch(config: Config, split: Split) -> int:
 
 
 def make_plan(config: Config, split: Split) -> StepPlan:
-    """How many steps the run has, and what each of them completes."""
+    """The plan of the run: its steps, and the tokens and epochs that they complete."""
     epoch_micro_steps = micro_steps_per_epoch(config, split)
     if epoch_micro_steps < 2 * config.micro_steps:
         raise ValueError(
@@ -986,9 +986,9 @@ def moved_names(config: Config, names: list[str]) -> list[str]:
 
 
 class Training:
-    """What training changes: the masters with their optimizer state, and the model that computes with them.
+    """The state of training: the masters with their optimizer state, and the model that computes with them.
 
-    All that the next step depends on besides its number is in `shards`, which is what checkpoints hold.
+    Besides its number, a step depends on nothing but `shards`, which is what checkpoints hold.
     """
 
     def __init__(self, config: Config, world: World, dtype: torch.dtype, kernels: dict[str, str], compiled: bool):
@@ -1056,7 +1056,10 @@ class Training:
 
     @torch.no_grad()
     def move(self, length: float) -> dict[str, Tensor]:
-        """Add first_grads to shards.grads -> the masters moved by `length` down them, over all, in their memory."""
+        """Add first_grads to shards.grads -> the masters moved down them, in their memory.
+
+        length: the norm of the move, over all matrices together.
+        """
         names, first_grads = list(self.first_grads), list(self.first_grads.values())
         torch._foreach_add_([self.shards.grads[name] for name in names], first_grads)
         norm = torch.stack(torch._foreach_norm(first_grads)).norm().clamp_min(1e-30)
@@ -1067,9 +1070,9 @@ class Training:
     def backward(
         self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_term: int = 0
     ) -> Tensor:
-        """Accumulate the gradient in the model -> the losses (2,); both of the sequences' mean losses times weight.
+        """Accumulate the gradient in the model -> the losses (2,), each the sum of weight * loss over the sequences.
 
-        sequences (n, T + 1) int64. Dropout is seeded by what is computed, whichever process computes it.
+        sequences (n, T + 1) int64. The seed of dropout depends on the sequences' place in the batch, not on processes.
         """
         c = self.config
         mtp_weights = self.to_device(torch.tensor(values.mtp_weights, dtype=self.model.wide))
@@ -1098,7 +1101,7 @@ class Training:
         return token_losses
 
     def warm_up(self, stages: list[Scheduled]) -> None:
-        """Compute once per stage all that the run will compute, at its shapes, on random tokens. Leaves no trace."""
+        """Compile and warm up: compute everything once per stage, on random tokens. Masters and state do not change."""
         with torch.random.fork_rng([self.world.device] if self.world.cuda else []):
             for main_first in (True, False):  # the main process fills the compiler's cache for the others
                 if self.world.is_main == main_first:
@@ -1136,7 +1139,7 @@ def average_weights(members: Iterable[tuple[float, dict[str, Tensor]]]) -> dict[
 
 
 def unbiased_ema(run: Session, train: Training) -> dict[str, Tensor]:
-    """The EMA of the masters, in their dtypes. It started from zero, which the division corrects."""
+    """The EMA of the masters, in their dtypes. It started from zero; the division corrects for that."""
     updates = math.ceil(run.step / run.config.ema_every)
     total_weight = 1 - ema_decay(run.config, run.plan.num_steps) ** updates
     ema = train.shards.gather_state("ema")
@@ -1144,7 +1147,7 @@ def unbiased_ema(run: Session, train: Training) -> dict[str, Tensor]:
 
 
 def averages(run: Session, train: Training, recency: dict[str, float]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The weights that are read out, by name, made one after the other; the declared ones come last.
+    """The averages that are read out, as (name, weights), made one after the other; the declared one comes last.
 
     recency: the weights of the members, by name.
     """
@@ -1213,7 +1216,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 
 
 def short_runs(config: Config) -> dict[str, dict]:
-    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
+    """Settings of short runs to measure: of each stage, by its name, and of "all", with an epoch for each stage."""
     runs = {
         "one_pass": {"num_epochs": 1, "late_passes_from": 1.0},
         stage_name(config.late_passes): {"num_epochs": 1, "late_passes_from": 0.0},
@@ -1224,7 +1227,7 @@ def short_runs(config: Config) -> dict[str, dict]:
 
 
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
-    """What the run needs of memory and disk, from the shapes alone."""
+    """The memory and disk that the run needs, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
     shards = make_shards(config, masters, World(0, 1, torch.device("meta")))
     elements = {name: p.numel() for name, p in masters.items()}
@@ -1287,7 +1290,7 @@ def head_error(config: Config, device: torch.device, head: str) -> float:
 
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> list[Kernel]:
-    """What computes where there is a choice; ValueError if what is wanted does not run."""
+    """The kernels to use where there is a choice; ValueError if a wanted one does not run."""
     head_dim = config.n_embd // config.n_head
     attention = choose_attention(config.attention, head_dim, device, dtype)
     head = choose_head(config.head, config, device, dtype)

@@ -1,8 +1,8 @@
-"""What will this machine do: runs a few steps of every stage of the tracks, and projects the official runs.
+"""Run a few steps of every stage of the tracks on this machine, and project the official runs.
 
     python tools/bench.py                        # all tracks that fit this machine's memory, in eight minutes
     python tools/bench.py limited --profile      # where the time goes, by kind of kernel
-    python tools/bench.py --counted              # without a GPU: operations, bytes, and the time they take at least
+    python tools/bench.py --counted              # without a GPU: operations, bytes, and the least time they take
     python tools/bench.py --demo                 # the same at toy size, on a CPU
     python tools/bench.py --against ../other --stage limited/plain    # A B A B, and the ratios of their times
 
@@ -10,7 +10,7 @@ The real scripts run at full size, with torchrun on all GPUs (up to 8), on rando
 stopped after a few optimizer steps of each stage. Nothing is read from or written to runs/ and fineweb_data/; torch's
 cache of compiled kernels is used and filled, as by any run.
 
-ms/step is the median over the steps of a stage but the first, and behind it half of their range. MFU, the model FLOPs
+ms/step is the median over the steps of a stage except the first, followed by half of their range. MFU, the model FLOPs
 utilization, is
 
     flops_per_token * tokens_per_step / (seconds_per_step * GPUs * peak)
@@ -20,7 +20,7 @@ and within its window), replayed layers, earlier passes, a teacher and all heads
 and elementwise operations are not. The peak is that of dense bfloat16 products (989 TFLOP/s on an H100).
 
 Exit code: 0 everything that was wanted was measured, or left out for lack of memory or time; 1 something failed; 2
-refused; 130 interrupted (what there is is printed).
+refused; 130 interrupted (the results so far are printed).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ FIRST = (  # the stages that matter most, by their place in the track
     ("limited", 0), ("tiny", -1), ("limited", -1), ("tiny", 0), ("two_hour", -1), ("unlimited", -1),
 )  # fmt: skip
 H100 = {"tflops": 989.0, "tbs": 3.35}  # dense bfloat16, and memory
-LINK_BYTES_PER_S = 300e9  # assumed of NVLink between the GPUs of a machine, where only one GPU was measured
-# Guesses for what fits into the time: seconds until a script trains, for each further stage, to write a trace; the MFU
+LINK_BYTES_PER_S = 300e9  # assumed for NVLink between the GPUs of a machine, where only one GPU was measured
+# Guesses of what fits into the time: seconds until a script trains, for each further stage, to write a trace; the MFU
 START_S, STAGE_S, PROFILE_S, EXPECTED_MFU = 100.0, 40.0, 20.0, 0.4
 ON_CPU = {"start_s": 12.0, "stage_s": 0.0, "flops": 2e10}
 ENOUGH_S = 20.0  # with less time left nothing is started
@@ -64,7 +64,7 @@ ENOUGH_S = 20.0  # with less time left nothing is started
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The content of the command line."""
 
     tracks: list[str]
     named: bool  # whether the tracks were named, so that they are tried whatever their memory
@@ -82,7 +82,7 @@ class Options:
 
     @property
     def flags(self) -> list[str]:
-        """Of every script, also for its plan: what decides the size and the device."""
+        """The flags of every script, also for its plan, that decide the size and the device."""
         return ["--demo"] * self.demo + ([] if self.gpus else ["--device=cpu"])
 
     def peak_flops(self, plan: dict) -> float | None:
@@ -93,7 +93,7 @@ class Options:
 
 @dataclass
 class Report:
-    """What was found, as --json writes it."""
+    """The results, as --json writes them."""
 
     machine: dict
     tracks: dict[str, dict] = field(default_factory=dict)
@@ -104,12 +104,12 @@ class Report:
 
 
 # ======================================================================================================================
-# Plans: what the scripts say of themselves
+# Plans: the steps and sizes that the scripts count
 # ======================================================================================================================
 
 
 def read_plan(place: Workplace, script: Path, flags: list[str], processes: int) -> dict:
-    """The JSON that a script's --plan writes; ScriptFailed with the script's reason."""
+    """The JSON that a script's --plan writes; ScriptFailed, with the script's reason, if it fails."""
     path = place.folder / "plan.json"
     path.unlink(missing_ok=True)
     command = launch_command(script, [*flags, f"--plan={path}"], 1)
@@ -118,7 +118,7 @@ def read_plan(place: Workplace, script: Path, flags: list[str], processes: int) 
 
 
 def quiet_threads() -> dict[str, str]:
-    """Environment of a process that computes on a CPU beside others: they would wait for each other's threads."""
+    """The environment of processes that compute on the same CPU: their threads would wait for each other."""
     return {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
 
 
@@ -138,7 +138,7 @@ def flops_of(plan: dict, stage: str) -> float:
 
 
 def seconds_for(plan: dict, stages: list[str], options: Options) -> float:
-    """A guess of how long it takes to measure some stages of a track; a part of them takes as long as all do."""
+    """The estimated time to measure some stages of a track; several of them take as long as all do."""
     if not stages:
         return 0.0
     stages = stages if len(stages) == 1 else stage_names(plan)
@@ -172,7 +172,7 @@ def choose_stages(plans: dict[str, dict], options: Options) -> dict[str, list[st
 
 @dataclass(frozen=True)
 class Short:
-    """A short run: its script, its flags, and the steps of the stages that are wanted of it, by name."""
+    """A short run: its script, its flags, and the steps to measure of each stage, by name."""
 
     script: Path
     flags: list[str]
@@ -186,7 +186,7 @@ class Short:
 
 
 def short_run(place: Workplace, track: str, official: dict, stages: list[str], options: Options) -> Short:
-    """The run in which a script goes through some stages of a track; its epochs have the wanted number of steps."""
+    """A run in which a script goes through some stages of a track; its epochs have the wanted number of steps."""
     script, T = ROOT / SCRIPTS[track], official["sequence_len"]
     name = "all" if len(stages) > 1 else stages[0]
     steps = options.steps + options.profile
@@ -237,7 +237,7 @@ def summary(ms: list[float]) -> dict:
 
 
 def stage_result(short: Short, stage: str, lines: dict[int, dict], options: Options) -> dict | None:
-    """What --json says of a stage; None if too few of its steps were made."""
+    """The entry of --json for a stage; None if too few of its steps were made."""
     numbers = short.steps[stage]
     counted = [n for n in numbers[1:] if n in lines and n != short.profiled.get(stage)]
     if not counted:
@@ -253,7 +253,7 @@ def stage_result(short: Short, stage: str, lines: dict[int, dict], options: Opti
 
 
 def floors(stage: dict, processes: int, peaks: dict[str, float]) -> dict[str, float]:
-    """Milliseconds that a step takes at least, by its operations and by the bytes of a process."""
+    """The least milliseconds that a step takes, by its operations and by the bytes of a process."""
     moved = sum(stage["moved_bytes"].values())
     operations = stage["flops_per_step"] / processes
     return {"operations": operations / peaks["tflops"] / 1e9, "bytes": moved / peaks["tbs"] / 1e9}
@@ -262,7 +262,7 @@ def floors(stage: dict, processes: int, peaks: dict[str, float]) -> dict[str, fl
 def measure(
     place: Workplace, track: str, official: dict, stages: list[str], found: dict, options: Options, until
 ) -> None:
-    """Measure stages of a track until a time, into what Report.of gives, also if it is interrupted."""
+    """Measure stages of a track until a time, into its entry of the report (`found`), also if it is interrupted."""
     short, runs = short_run(place, track, official, stages, options), place.folder / f"runs-{track}"
     why = "its script failed before it"
     try:
@@ -294,9 +294,9 @@ def measure(
 def project(official: dict, measured: dict[str, dict], processes: int) -> dict | None:
     """Minutes of the official run on this machine and on 8 such GPUs; None if nothing was measured.
 
-    A stage that was not measured is assumed to make as many operations per second as the last that was, and named. On 8
-    GPUs a step of n is assumed to take n / 8 of the time; where n is 1, the bytes that 8 would exchange are added, at
-    LINK_BYTES_PER_S, as if nothing overlapped with them.
+    A stage that was not measured is named, and assumed to make as many operations per second as the last that was. A
+    step measured on n GPUs is assumed to take n / 8 of the time on 8; if n is 1, the time to exchange the bytes of 8 is
+    added, at LINK_BYTES_PER_S, as if nothing overlapped with it.
     """
     if not measured:
         return None
@@ -425,7 +425,7 @@ MOVED = ("weights", "gradients", "optimizer", "activations", "logits")
 
 
 def help_of(place: Workplace, script: Path) -> str:
-    """What a script's --help prints; ScriptFailed if it cannot be called."""
+    """The output of a script's --help; ScriptFailed if it cannot be called."""
     if not script.exists():
         raise ScriptFailed(f"{script} is not there")
     return place.run(launch_command(script, ["--help"], 1), None, time.monotonic() + 120, **quiet_threads())
@@ -459,9 +459,9 @@ def original_step_times(
 
 
 def compare(place: Workplace, other: Path, options: Options) -> dict:
-    """Run this checkout (A) and another (B) in turn, A B A B, on one stage -> durations and ratios, as --json says.
+    """Run this checkout (A) and another (B) alternately, A B A B, on one stage -> durations and ratios, for --json.
 
-    A ratio is the time of B over that of A, of runs that followed one another: above 1 this checkout is faster.
+    A ratio is the time of B over that of A, for runs that followed one another: above 1 this checkout is faster.
     """
     options = dataclasses.replace(options, profile=False)
     track, stage = options.stage or (options.tracks[0], "")
@@ -522,11 +522,11 @@ def check_stage(plan: dict, track: str, stage: str) -> None:
 
 def reason_to_leave_out(plan: dict, options: Options) -> str:
     """Why a track does not fit this machine by its script's own estimate; empty if it does."""
-    needed, there = plan["memory_gib"][str(options.processes)], plan["device"]["memory_gib"]
-    processes = 1 if options.gpus else options.processes  # those that share this memory
-    if needed * processes <= there or options.named:
+    needed, available = plan["memory_gib"][str(options.processes)], plan["device"]["memory_gib"]
+    processes = 1 if options.gpus else options.processes  # that use the same memory
+    if needed * processes <= available or options.named:
         return ""
-    has = f"{plan['device']['name']} has {there:.0f} GiB"
+    has = f"{plan['device']['name']} has {available:.0f} GiB"
     return f"it takes {needed:.0f} GiB by its own estimate, and {has}: name the track to try it"
 
 
@@ -633,7 +633,7 @@ def interrupt(number: int, frame) -> None:
 
 
 def run(place: Workplace, arguments: argparse.Namespace, options: Options) -> tuple[dict, int]:
-    """-> (What --json writes, the exit code)."""
+    """Do what the command line wants -> (the content of --json, the exit code)."""
     processes = options.processes
     machine = {"name": platform.processor() or platform.machine(), "gpus": options.gpus, "processes": processes}
     report = Report(machine | {"torch": torch.__version__, "cuda": torch.version.cuda, "demo": options.demo})
@@ -657,7 +657,7 @@ def run(place: Workplace, arguments: argparse.Namespace, options: Options) -> tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: see the top of this file."""
+    """Measure, count or compare -> exit code: see the top of this file."""
     arguments, options = parse_arguments(argv)
     handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -1,6 +1,6 @@
-"""Drives the scripts of the original project, https://github.com/qlabs-eng/slowrun, by their flags and printed lines.
+"""Runs the scripts of the original project, https://github.com/qlabs-eng/slowrun: their flags and printed lines.
 
-They need that project's own packages (its requirements), a GPU of the Hopper kind, and read the same shards.
+They need that project's requirements and a Hopper GPU, and read the same data files.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# By stage: the flags with which the first steps of a run are in it
+# By stage: the flags with which a run begins in it
 STAGES = {
     "limited/plain": ["--dupe-start-epoch=1000"],
     "limited/replay": ["--dupe-start-epoch=1"],
@@ -20,14 +20,14 @@ ENVIRONMENT = {"WANDB_MODE": "disabled"}
 
 
 def is_original(help_text: str) -> bool:
-    """Whether a script whose --help this is comes from the original project."""
+    """Whether this --help is of a script of the original project."""
     return "--input_bin" in help_text
 
 
 def original_flags(stage: str, data: Path, known: set[str]) -> list[str]:
-    """Flags of a run whose first steps are of a stage; ValueError for one that this does not know."""
+    """The flags of a run that begins in a stage; ValueError if that cannot be done."""
     if stage not in STAGES:
-        raise ValueError(f"of the original project only {', '.join(STAGES)} can be run: choose one by --stage")
+        raise ValueError(f"only {', '.join(STAGES)} of the original project can be run: choose one with --stage")
     wanted = [f"--input_bin={data / 'fineweb_train.pt'}", f"--input_val_bin={data / 'fineweb_val.pt'}"]
     optional = [flag for flag in OPTIONAL if flag.split("=")[0] in known]
     missing = [flag for flag in STAGES[stage] if flag.split("=")[0] not in known]
@@ -37,5 +37,5 @@ def original_flags(stage: str, data: Path, known: set[str]) -> list[str]:
 
 
 def step_ms(output: str) -> dict[int, float]:
-    """Milliseconds by step, counted from 1, of what an original script printed."""
+    """Milliseconds by step, counted from 1, from the output of an original script."""
     return {int(step): float(ms) for step, ms in STEP.findall(output)}

@@ -1,4 +1,4 @@
-"""Reads traces of torch.profiler: how much of the time went to which kind of kernel."""
+"""Reads traces of torch.profiler: the time of each kind of kernel."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ KINDS = (
 GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 CPU = {"cpu_op", "user_annotation"}
 LAUNCHES = {"cuda_runtime", "cuda_driver"}
-# What a range of the CPU's time is of, by its whole name; it takes precedence over the names of what runs in it
+# The kind of a range of the CPU's time, by its whole name; it takes precedence over the names of kernels in it
 REGIONS = {"optimizer": "optimizer", "HeadLoss": "head and loss", "HeadLossBackward": "head and loss"}
-NAMES = (  # the first pattern that is found in the name of a kernel or an operator says its kind
+NAMES = (  # the first pattern in the name of a kernel or an operator decides its kind
     ("communication", r"nccl|c10d::|gloo"),
     ("attention", r"flash|fmha|attention|attn|sdpa|scaled_dot_product"),
     ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|matmul|aten::(linear|mm|addmm|bmm|baddbmm|_scaled_mm)\b"),
@@ -25,7 +25,7 @@ NAMES = (  # the first pattern that is found in the name of a kernel or an opera
 
 
 def kind_of(name: str) -> str:
-    """The kind of a kernel or an operator by its name alone; what is nothing else is elementwise."""
+    """The kind of a kernel or an operator by its name alone; by default elementwise."""
     return next((kind for kind, pattern in NAMES if re.search(pattern, name, re.IGNORECASE)), "elementwise")
 
 
@@ -39,9 +39,9 @@ def covered(intervals: list[tuple[float, float]]) -> float:
 
 
 def gpu_times(events: list[dict]) -> tuple[dict[str, float], list[tuple[float, float]]]:
-    """-> (Microseconds of the GPU's kernels by kind, their intervals).
+    """(Microseconds of the GPU's kernels by kind, their intervals).
 
-    A kernel that was launched within one of REGIONS belongs to it: it is found by the launch of the same correlation.
+    A kernel that was launched within one of REGIONS belongs to it; kernel and launch have the same correlation.
     """
     regions: dict[int, list[tuple[float, float, str]]] = defaultdict(list)
     launches: dict[int, tuple[int, float]] = {}
@@ -72,9 +72,9 @@ def gpu_times(events: list[dict]) -> tuple[dict[str, float], list[tuple[float, f
 
 
 def cpu_times(events: list[dict]) -> tuple[dict[str, float], list[tuple[float, float]]]:
-    """As gpu_times, of operators on a CPU: each counts without those that it calls.
+    """The same for operators on a CPU, each without those that it calls.
 
-    What runs within one of REGIONS, or within attention, belongs to that.
+    An operator within one of REGIONS, or within attention, belongs to it.
     """
     times, intervals = defaultdict(float), []
     by_thread: dict[int, list[dict]] = defaultdict(list)
@@ -101,10 +101,10 @@ def cpu_times(events: list[dict]) -> tuple[dict[str, float], list[tuple[float, f
 
 
 def breakdown(path: Path, steps: int = 1) -> dict[str, float]:
-    """Milliseconds of a step by KINDS, from a trace of so many steps (json.gz).
+    """Milliseconds of a step by KINDS, from a trace (json.gz) of this many steps.
 
-    Times are those of the GPU's kernels, or of operators where there is no GPU. What overlaps is counted in each kind;
-    idle is the part of the trace in which nothing ran.
+    Times are those of the GPU's kernels, or of operators where there is no GPU. Kernels that overlap are counted in
+    full; idle is the part of the trace in which nothing ran.
     """
     with gzip.open(path, "rt") as file:
         content = json.load(file)

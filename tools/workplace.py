@@ -1,4 +1,4 @@
-"""Where tools run scripts: a temporary folder, random shards in it, and processes that never outlive it."""
+"""The place where tools run scripts: a temporary folder, random data in it, and processes that never outlive it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ScriptFailed(RuntimeError):
 
 
 def launch_command(script: Path, flags: list[str], processes: int) -> list[str]:
-    """As a user starts a script: with torchrun if there are several processes."""
+    """The command by which a user starts a script: with torchrun if there are several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [sys.executable, *(torchrun if processes > 1 else []), str(script), *flags]
 
@@ -57,8 +57,8 @@ class Workplace:
     def __init__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="slowrun-"))
         self.started: list[subprocess.Popen] = []
-        self.output = self.folder / "output.txt"  # what the last process that was run printed
-        self.shards: dict[tuple[int, int, int], Path] = {}
+        self.output = self.folder / "output.txt"  # of the last process that was run
+        self.data_folders: dict[tuple[int, int, int], Path] = {}
 
     def __enter__(self) -> Workplace:
         return self
@@ -73,7 +73,7 @@ class Workplace:
                 signal.signal(number, handler)
 
     def marked(self) -> list[int]:
-        """Processes that were started here or by one that was; where there is no /proc, none is found."""
+        """The processes that were started here, and those that they started; none where there is no /proc."""
         mark, found = f"{MARK}={self.folder}".encode(), []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):
@@ -82,7 +82,7 @@ class Workplace:
         return found
 
     def kill(self) -> None:
-        """End all processes; torchrun starts its workers in groups of their own, so one group is not enough."""
+        """End all processes. torchrun starts each worker in a new process group, so killing one group is not enough."""
         for process in self.started:
             with suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ class Workplace:
         self.started.clear()
 
     def start(self, command: list[str], output: Path, **environment: str) -> subprocess.Popen:
-        """Start a process in a group of its own, in the folder; what it prints goes to a file."""
+        """Start a process in a new process group, in the folder, with its output in a file."""
         inherited = {name: value for name, value in os.environ.items() if name not in RANKS}
         marked = inherited | {MARK: str(self.folder), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         with open(output, "wb") as file:
@@ -109,10 +109,10 @@ class Workplace:
         return process
 
     def run(self, command: list[str], wanted: Callable[[str], bool] | None, until: float, **environment: str) -> str:
-        """Run a command until it has done what is wanted, or until a time, by time.monotonic -> what it printed.
+        """Run a command until its output is enough, or until a time, by time.monotonic -> its output.
 
         wanted: output so far -> whether it is enough (None: it runs to its end). ScriptFailed if it ends before, or
-        with another exit code than 0. Nothing of it runs on afterwards.
+        with another exit code than 0. None of its processes is left afterwards.
         """
         process = self.start(command, self.output, **environment)
         try:
@@ -132,22 +132,22 @@ class Workplace:
         return text
 
     def printed(self) -> str:
-        """What the last process that was run printed."""
+        """The output of the last process that was run."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def data(self, vocab_size: int, sequence_len: int, train_tokens: int) -> Path:
-        """A data folder with random training and validation shards, made once for each size."""
+        """A data folder with random training and validation splits, made once for each size."""
         key = vocab_size, sequence_len, train_tokens
-        if key not in self.shards:
-            self.shards[key] = self.folder / f"data-{len(self.shards)}"
-            write_shards(self.shards[key], vocab_size, {"train": train_tokens, "val": 17 * (sequence_len + 1)})
-        return self.shards[key]
+        if key not in self.data_folders:
+            self.data_folders[key] = self.folder / f"data-{len(self.data_folders)}"
+            write_splits(self.data_folders[key], vocab_size, {"train": train_tokens, "val": 17 * (sequence_len + 1)})
+        return self.data_folders[key]
 
 
 def random_documents(random: np.random.Generator, vocab_size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> (tokens (count,) uint16, offsets of the documents' BOS int64). Frequencies fall as those of words do (Zipf).
+    """Random (tokens (count,) uint16, offsets of the documents' BOS int64).
 
-    Lengths of documents are log-normal; the BOS is the last token id.
+    Frequencies of tokens fall as those of words do (Zipf), lengths of documents are log-normal; the BOS is the last id.
     """
     lengths = np.exp(random.normal(np.log(MEDIAN_DOCUMENT), 1.0, size=count // 20 + 10)).astype(np.int64) + 2
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -159,8 +159,8 @@ def random_documents(random: np.random.Generator, vocab_size: int, count: int) -
     return tokens, starts.astype(np.int64)
 
 
-def write_shards(folder: Path, vocab_size: int, splits: dict[str, int]) -> None:
-    """Random shards in the benchmark's format, with a meta.json; splits: tokens by name."""
+def write_splits(folder: Path, vocab_size: int, splits: dict[str, int]) -> None:
+    """Write random splits in the benchmark's format, with a meta.json; splits: number of tokens by name."""
     folder.mkdir()
     random, described = np.random.default_rng(0), {}
     for split, count in splits.items():

@@ -8,10 +8,10 @@
 
 This file is the whole experiment, in reading order: Config, Model, Optimizer, Schedules, Data order, Training step,
 Readout, main. It is the limited track's model, trained for twice as long: with attention windows that grow, and rotary
-frequencies that follow them. What no record may change (the score, the clock, the run folder) and the plumbing that no
-record wants to read (processes, flags, checkpoints, communication) are in slowrun/.
+frequencies that follow them. What no record may change (the score, the clock, the run folder) is in slowrun/, and so is
+the plumbing (processes, flags, checkpoints, communication).
 
-A batch always belongs to 8 virtual ranks, and a process plays 8 / world_size of them, so 1, 2, 4 and 8 processes
+A batch is always split over 8 virtual ranks, and a process computes 8 / world_size of them, so 1, 2, 4 and 8 processes
 compute the same run.
 
 Notation in shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H, L = n_layer, V = vocab_size.
@@ -81,7 +81,7 @@ class Config(RunConfig):
     stochastic_depth: float = 0.05  # probability of dropping the last layer; linear in the layer, 0 for the first
     replay_start: int = 15  # first layer that is replayed; in the second half of the layers
     replay_end: int = 21  # one past the last layer that is replayed
-    replay_loops: int = 2  # how often these layers run again, in training and in the readout
+    replay_loops: int = 2  # how many times these layers run again, in training and in the readout
     replay_from_epoch: int = 14  # first epoch with layer replay; 0 for never
     mtp_weight: float = 0.3  # weight of the loss on the token after next; 0 for no such loss, and no block for it
 
@@ -118,8 +118,8 @@ class Config(RunConfig):
     head_mixes: bool = True  # interleaved head attention
     row_norm: bool = True  # normalize the rows of Muon's updates before they are orthogonalized
     decay_schedule: bool = True  # let the weight decay fall and rise; else it is constant
-    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # how the learning rate falls
-    shuffle: Literal["documents", "micro_steps"] = "documents"  # what each epoch puts into another order
+    warmdown_shape: Literal["sqrt", "linear"] = "sqrt"  # shape of the learning rate's fall
+    shuffle: Literal["documents", "micro_steps"] = "documents"  # what each epoch shuffles
 
     def __post_init__(self):
         super().__post_init__()
@@ -161,7 +161,7 @@ class Config(RunConfig):
         return parse_window_schedule(self.window_schedule, self.sequence_len)
 
     def window(self, layer: int, windows: tuple[int, int]) -> int:
-        """How many earlier positions a layer attends to, at most. windows: the short and the long one of a stage."""
+        """The number of earlier positions that a layer attends to, at most. windows: a stage's short and long one."""
         short, long = windows
         if layer == self.n_layer:  # the block of multi-token prediction
             return self.sequence_len
@@ -170,7 +170,7 @@ class Config(RunConfig):
         return long if is_last or letter == "L" else short
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer has one, counted from the last."""
+        """Whether a layer has a value embedding: every second one, counted from the last."""
         return layer % 2 == (self.n_layer - 1) % 2
 
     def layer_order(self, replay: bool) -> list[int]:
@@ -186,7 +186,7 @@ class WindowStage:
 
     first_epoch: int  # counted from 1
     last_epoch: int
-    windows: tuple[int, int]  # short and long: how many earlier positions layers attend to
+    windows: tuple[int, int]  # short and long: numbers of earlier positions that layers attend to
 
 
 def parse_window_schedule(text: str, sequence_len: int) -> list[WindowStage]:
@@ -408,7 +408,7 @@ def yarn(head_dim: int, long_windows: Sequence[int]) -> tuple[np.ndarray, float]
 
 
 def yarn_at(config: Config, long_window: int) -> tuple[np.ndarray, float]:
-    """What yarn returns for the stages with this long window, which never shrinks."""
+    """The result of yarn for the stages with this long window, which never shrinks."""
     long_windows = [stage.windows[1] for stage in config.window_stages if stage.windows[1] <= long_window]
     return yarn(config.n_embd // config.n_head, long_windows)
 
@@ -534,7 +534,7 @@ def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, 
 
 
 def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
-    """Some positions' part of HeadLoss: x (n, C), lm_head (padded V, C), targets (n, 1) int64."""
+    """The part of HeadLoss for some positions: x (n, C), lm_head (padded V, C), targets (n, 1) int64."""
     loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
     return loss, first_loss, grad @ lm_head, grad.T @ x
 
@@ -666,7 +666,7 @@ class GPT(nn.Module):
 def draw_dropped(config: Config, replay: bool, step: int, micro_step: int) -> set[int]:
     """Stochastic depth (arXiv 1603.09382): the calls whose block a micro-step skips, on all virtual ranks.
 
-    The block of layer i is skipped with probability stochastic_depth * i / (L - 1), drawn anew for every call; the MTP
+    The block of layer i is skipped with probability stochastic_depth * i / (L - 1), drawn for every call; the MTP
     block counts as layer L.
     """
     if not config.stochastic_depth:
@@ -710,7 +710,7 @@ class Group:
 
     @property
     def layout(self) -> Literal["stacked", "flat"]:
-        """Muon needs whole matrices; AdamW works on elements."""
+        """The layout of the shards: Muon needs whole matrices; AdamW works on elements."""
         return "stacked" if self.method == "muon" else "flat"
 
 
@@ -810,7 +810,7 @@ def make_shards(config: Config, masters: dict[str, Tensor], world: World) -> Sha
     """The masters and their optimizer state: Muon's and AdamW's moments."""
     shards = Shards(masters, optimizer_groups(config, list(masters)), world)
     for bucket in shards.buckets:
-        shard = bucket.grad_shard  # of the dtype that state has
+        shard = bucket.grad_shard  # has the dtype of the state
         if bucket.group.method == "muon":
             shards.add_state(bucket, "momentum", torch.zeros_like(shard))
             mean_square = shard.mean(dim=reduced_dim(shard), keepdim=True)
@@ -867,14 +867,14 @@ class Optimizer:
 
 
 def warmdown(config: Config, step: int, num_steps: int) -> float:
-    """1, then down to 0 over the last `warmdown` of the steps: as a square root, or linear."""
+    """1, then down to 0 over the last `warmdown` of the steps, as a square root or linearly."""
     length = round(config.warmdown * num_steps)
     linear = min(1.0, (num_steps - step) / length) if length else 1.0
     return math.sqrt(linear) if config.warmdown_shape == "sqrt" else linear
 
 
 def first_cycle(config: Config, num_steps: int) -> float:
-    """Where the cycles of the last swa_epochs begin, in steps, not rounded."""
+    """The step at which the cycles of the last swa_epochs begin, not rounded."""
     return num_steps - config.swa_epochs * (num_steps / config.num_epochs)
 
 
@@ -899,7 +899,7 @@ def lr_multiplier(config: Config, step: int, num_steps: int) -> float:
 
 
 def weight_decay_multiplier(config: Config, step: int, num_steps: int) -> float:
-    """1 for 40% of the steps, then linear down to 0.65 where the cycles begin; in each cycle linear up to 1.5."""
+    """1 for 40% of the steps, then linearly down to 0.65 where the cycles begin; in each cycle linearly up to 1.5."""
     if not config.decay_schedule:
         return 1.0
     position = swa_cycle(config, step, num_steps)
@@ -944,7 +944,7 @@ class Scheduled:
 
 
 def schedule(config: Config, step: int, plan: StepPlan) -> Scheduled:
-    """All of the above."""
+    """Evaluate all schedules at a step."""
     epoch = plan.epoch[step] + 1
     windows = windows_of(config, epoch)
     return Scheduled(
@@ -966,8 +966,8 @@ def schedule(config: Config, step: int, plan: StepPlan) -> Scheduled:
 def epoch_sequences(config: Config, split: Split, epoch: int) -> np.ndarray:
     """The training sequences of an epoch, counted from 1, in the order of training: (n, T + 1) uint16.
 
-    From epoch 2 on the documents are permuted, from their order in the epoch before. They are cut into sequences, which
-    are permuted in turn. Earlier records take the sequences of the file, and permute the micro-steps.
+    From epoch 2 on the documents are permuted, starting from their order in the epoch before. They are concatenated and
+    cut into sequences, which are permuted too. Earlier records cut the file once, and permute micro-steps.
     """
     length = config.sequence_len + 1
     seeds = range(2, epoch + 1)
@@ -983,7 +983,7 @@ def micro_steps_per_epoch(config: Config, split: Split) -> int:
 
 
 def make_plan(config: Config, split: Split) -> StepPlan:
-    """How many steps the run has, and what each of them completes."""
+    """The plan of the run: its steps, and the tokens and epochs that they complete."""
     epoch_micro_steps = micro_steps_per_epoch(config, split)
     if epoch_micro_steps < 2 * config.micro_steps:
         raise ValueError(
@@ -1036,9 +1036,9 @@ def moved_names(config: Config, names: list[str]) -> list[str]:
 
 
 class Training:
-    """What training changes: the masters with their optimizer state, and the model that computes with them.
+    """The state of training: the masters with their optimizer state, and the model that computes with them.
 
-    All that the next step depends on besides its number is in `shards`, which is what checkpoints hold.
+    Besides its number, a step depends on nothing but `shards`, which is what checkpoints hold.
     """
 
     def __init__(self, config: Config, world: World, dtype: torch.dtype, kernels: dict[str, str], compiled: bool):
@@ -1103,7 +1103,10 @@ class Training:
 
     @torch.no_grad()
     def move(self, length: float) -> dict[str, Tensor]:
-        """Add first_grads to shards.grads -> the masters moved by `length` down them, over all, in their memory."""
+        """Add first_grads to shards.grads -> the masters moved down them, in their memory.
+
+        length: the norm of the move, over all matrices together.
+        """
         names, first_grads = list(self.first_grads), list(self.first_grads.values())
         torch._foreach_add_([self.shards.grads[name] for name in names], first_grads)
         norm = torch.stack(torch._foreach_norm(first_grads)).norm().clamp_min(1e-30)
@@ -1114,10 +1117,10 @@ class Training:
     def backward(
         self, step: int, virtual_rank: int, sequences: Tensor, values: Scheduled, weight: float, first_term: int = 0
     ) -> Tensor:
-        """Accumulate the gradient in the model -> the losses (2,); both of the sequences' mean losses times weight.
+        """Accumulate the gradient in the model -> the losses (2,), each the sum of weight * loss over the sequences.
 
-        sequences (n, T + 1) int64. Dropout is seeded by what is computed, whichever process computes it; stochastic
-        depth is drawn for a micro-step, and the same on all virtual ranks.
+        sequences (n, T + 1) int64. The seed of dropout depends on the sequences' place in the batch, not on processes;
+        stochastic depth is drawn once per micro-step, the same for all virtual ranks.
         """
         c = self.config
         totals = torch.zeros(2, dtype=self.model.wide, device=sequences.device)
@@ -1152,7 +1155,7 @@ class Training:
         return token_losses
 
     def warm_up(self, stages: list[Scheduled]) -> None:
-        """Compute once per stage all that the run will compute, at its shapes, on random tokens. Leaves no trace."""
+        """Compile and warm up: compute everything once per stage, on random tokens. Masters and state do not change."""
         with torch.random.fork_rng([self.world.device] if self.world.cuda else []):
             for main_first in (True, False):  # the main process fills the compiler's cache for the others
                 if self.world.is_main == main_first:
@@ -1186,7 +1189,7 @@ class Training:
 
 
 def member_weights(masters: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is kept of masters for the readout: matrices as the model computes with them, lambdas and mixes as they are.
+    """The masters as they are kept for the readout: matrices in the compute dtype, lambdas and mixes unchanged.
 
     The heads are not mixed yet.
     """
@@ -1255,7 +1258,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
     @torch.no_grad()
     def log_probs(member: dict, tokens: Tensor) -> Tensor:
         if loaded[-1] is not member:
-            raise ValueError("the next member has taken this one's place: use them one at a time")
+            raise ValueError("the next member is loaded in its place: use members one at a time")
         return model.log_probs(tokens.to(device), **final["stage"]).float()
 
     for member in final["members"]:
@@ -1271,7 +1274,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 
 
 def short_runs(config: Config) -> dict[str, dict]:
-    """Settings of runs to measure: of one stage, by its name, and "all", with an epoch for each stage."""
+    """Settings of short runs to measure: of each stage, by its name, and of "all", with an epoch for each stage."""
     stages = {}  # (windows, replay) by name
     for epoch in range(1, config.num_epochs + 1):
         stages[make_stage(config, epoch).name] = windows_of(config, epoch), replays(config, epoch)
@@ -1286,7 +1289,7 @@ def short_runs(config: Config) -> dict[str, dict]:
 
 
 def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
-    """What the run needs of memory and disk, from the shapes alone."""
+    """The memory and disk that the run needs, from the shapes alone."""
     masters = init_masters(config, dtype, torch.device("meta"))
     shards = make_shards(config, masters, World(0, 1, torch.device("meta")))
     elements = {name: p.numel() for name, p in masters.items()}
@@ -1312,7 +1315,7 @@ def count_sizes(config: Config, dtype: torch.dtype) -> Sizes:
 
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> list[Kernel]:
-    """What computes where there is a choice; ValueError if what is wanted does not run."""
+    """The kernels to use where there is a choice; ValueError if a wanted one does not run."""
     head_dim = config.n_embd // config.n_head
     chosen = choose_attention(config.attention, head_dim, device, dtype)
     pairs = {  # of window and scale, in all stages

@@ -15,8 +15,8 @@ A group of processes, by default those of a machine, trains a chain together, an
 Groups do not talk to each other before all chains are done, and their number does not change the result.
 
 This file is the whole experiment, in reading order: Config, Model, Optimizer, Schedules, Data order, Training step,
-Chain, Selection, Readout, main. What no record may change (the score, the clock, the run folder) and the plumbing that
-no record wants to read (processes, flags, checkpoints, communication) are in slowrun/.
+Chain, Selection, Readout, main. What no record may change (the score, the clock, the run folder) is in slowrun/, and so
+is the plumbing (processes, flags, checkpoints, communication).
 
 Notation in shapes: B sequences, T positions, C = n_embd, H = n_head, D = C / H, L = n_layer, V = vocab_size, M members.
 """
@@ -88,7 +88,7 @@ class Config(RunConfig):
     dropout: float = 0.1  # dropout probability on the outputs of attention and MLP
     replay_start: int = 15  # first layer that is replayed; in the second half of the layers
     replay_end: int = 25  # one past the last layer that is replayed
-    replay_loops: int = 4  # how often these layers run again, in training and in the readout
+    replay_loops: int = 4  # how many times these layers run again, in training and in the readout
     replay_from: float = 0.0  # fraction of a cycle before layer replay begins; 1 for never
     mtp_weight: float = 0.3  # weight of the loss on the token after next; 0 for no such loss, and no block for it
 
@@ -129,16 +129,16 @@ class Config(RunConfig):
 
     # Readout
     val_sequences: int = 4880  # sequences of the validation set and of the holdout that are scored, at most
-    fitness_tokens: int = 132000  # the first documents, up to so many tokens, are kept from training to weigh members
-    keep: int = 0  # snapshots of a chain that stay, those of most weight within it and the newest; 0 for all
-    add_chains: int = 0  # with --resume, of a finished run: train so many chains more
-    select_only: bool = False  # with --resume: train nothing, weigh and score what is there
+    fitness_tokens: int = 132000  # the first documents, up to this many tokens, are kept from training to weigh members
+    keep: int = 0  # snapshots of a chain that stay: those of most weight within it, and the newest; 0 for all
+    add_chains: int = 0  # with --resume of a finished run: how many chains to train in addition
+    select_only: bool = False  # with --resume: train nothing, weigh and score the snapshots on the disk
 
     # Kernels
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen, flash attention, where the GPU has it
 
     # Switches of earlier records
-    members: Literal["snapshots", "independent"] = "snapshots"  # a cycle goes on from the last, perturbed; or afresh
+    members: Literal["snapshots", "independent"] = "snapshots"  # a cycle continues from the one before, or starts over
     first_cycle_epochs: int = 0  # passes over the training data in the first cycle; 0 for cycle_epochs
     selection: Literal["learned", "uniform"] = "learned"  # weights of the members: learned, or equal
     average: Literal["probability", "logit"] = "probability"  # what of the members is averaged
@@ -152,9 +152,9 @@ class Config(RunConfig):
     head_gates: bool = True  # a gate on the output of each attention head
     head_mixes: bool = True  # interleaved head attention
     exclusive: bool = False  # exclusive self-attention
-    proj_init: Literal["normal", "zero"] = "normal"  # how every c_proj starts
+    proj_init: Literal["normal", "zero"] = "normal"  # initial values of every c_proj
     row_norm: bool = True  # normalize the rows of Muon's updates before they are orthogonalized
-    shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what each epoch puts into another order
+    shuffle: Literal["documents", "micro_steps", "none"] = "documents"  # what each epoch shuffles
 
     def __post_init__(self):
         super().__post_init__()
@@ -191,13 +191,13 @@ class Config(RunConfig):
         return 0 < self.teach_after < self.cycles
 
     def window(self, layer: int) -> int:
-        """How many earlier positions a layer attends to, at most. Layer L is the block of multi-token prediction."""
+        """The number of earlier positions that a layer attends to, at most. Layer L is the extra block (MTP)."""
         is_last = layer >= self.n_layer - 1
         letter = self.window_pattern[layer % len(self.window_pattern)]
         return self.sequence_len if is_last or letter == "L" else self.sequence_len // 2
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer has one, counted from the last."""
+        """Whether a layer has a value embedding: every second one, counted from the last."""
         return layer % 2 == (self.n_layer - 1) % 2
 
     def layer_order(self, replay: bool) -> list[int]:
@@ -272,7 +272,7 @@ def check_readout(c: Config) -> None:
     if c.selection == "learned" and c.average == "logit":
         raise ValueError("--average logit needs --selection uniform: weights are learned for averaged probabilities")
     if c.selection == "uniform" and c.keep:
-        raise ValueError("--keep needs --selection learned: what goes is chosen by its weight")
+        raise ValueError("--keep needs --selection learned: snapshots are dropped by their weight")
     if c.leave_out_first and c.cycles == 1:
         raise ValueError("--leave-out-first leaves nothing of a single cycle: raise --cycles")
 
@@ -285,7 +285,7 @@ DEMO = {  # --demo: every technique, at a size that two CPU cores train in less 
     "compile": "off", "processes_per_chain": 1,
 }  # fmt: skip
 
-# A resume may change how chains are spread over processes and how members are weighed: not the training
+# A resume may change how chains are distributed over processes and how members are weighed, but not the training
 READOUT_FIELDS = ("selection", "average", "leave_out_first")
 RESUME_MAY_CHANGE = frozenset({"processes_per_chain", "add_chains", "select_only", *READOUT_FIELDS})
 
@@ -545,7 +545,7 @@ def cross_entropy(x: Tensor, lm_head: Tensor, targets: Tensor, vocab_size: int, 
 
 
 def head_chunk(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, vocab_size: int, cap: float):
-    """Some positions' part of HeadLoss: x (n, C), lm_head (padded V, C), targets (n, 1) int64."""
+    """The part of HeadLoss for some positions: x (n, C), lm_head (padded V, C), targets (n, 1) int64."""
     loss, first_loss, grad = capped_cross_entropy(F.linear(x, lm_head), targets, weights, vocab_size, cap)
     return loss, first_loss, grad @ lm_head, grad.T @ x
 
@@ -562,15 +562,15 @@ def capped_distillation(
     vocab_size: int,
     cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Distillation (arXiv 1503.02531): the loss of n positions, and its gradient by the logits before their soft cap.
+    """Distillation (arXiv 1503.02531): loss of n positions, and its gradient with respect to the logits before the cap.
 
     logits, teacher_logits (n, padded V), targets (n,) int64. Returns the sum over the positions of
 
         (1 - teach_weight) * nats + teach_weight * temperature^2 * KL(teacher || student),
 
     where KL is between the capped logits divided by the temperature; the sum of nats alone, both () float32 or wider;
-    and the gradient of the former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on take no
-    part.
+    and the gradient of the former (n, padded V) in the logits' dtype, rounded once. Columns from vocab_size on are
+    ignored.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     bent = torch.tanh(logits[:, :vocab_size].to(wide) / cap)
@@ -601,7 +601,7 @@ def taught_head_chunk(
     vocab_size: int,
     cap: float,
 ):
-    """Some positions' part of HeadLoss with a teacher: x, teacher_x (n, C), both heads (padded V, C), targets (n,)."""
+    """The part of HeadLoss for some positions with a teacher: x, teacher_x (n, C), both heads (padded V, C)."""
     logits = F.linear(x, lm_head)
     teacher_logits = F.linear(teacher_x, teacher_head)
     settings = teach_weight, temperature, vocab_size, cap
@@ -663,7 +663,7 @@ class GPT(nn.Module):
         self.cross_entropy = compiled(cross_entropy)
 
     def value_embeddings(self, tokens: Tensor, x0: Tensor) -> dict[int, Tensor]:
-        """What some layers add to their values, by layer: each (B, T, C). A replayed layer uses its own again."""
+        """The value embeddings (B, T, C), by layer, for the layers with one. A replayed layer uses the same again."""
         if self.config.value_embedding == "projection":
             return {int(i): project(x0) for i, project in self.ve_projs.items()}
         return {int(i): table(tokens) for i, table in self.ve_tables.items()}
@@ -749,10 +749,10 @@ class GPT(nn.Module):
         T = tokens.size(1)
         x = self(tokens, replay, dropped)  # (B, T, C)
         if teacher is None:
-            own_weight = 1.0
+            untaught_weight = 1.0
             loss = next_token_loss = self.head_loss(x, targets)
         else:
-            own_weight = 1.0 - c.teach_weight  # of what does not depend on the teacher
+            untaught_weight = 1.0 - c.teach_weight  # of the losses that do not depend on the teacher
             with torch.no_grad():
                 teacher_x = teacher(tokens, replay=c.replay_from < 1)  # as it was at the end of its cycle
             loss, next_token_loss = self.taught_loss(x, targets, teacher, teacher_x)
@@ -764,13 +764,13 @@ class GPT(nn.Module):
         is_dropped = len(c.layer_order(replay)) in dropped  # its call comes after those of the layers
         z = self.run_mtp_layer(self.mtp_block, z, self.cos[: T - 1], self.sin[: T - 1], is_dropped)
         mtp_loss = self.head_loss(z, targets[:, 1:])
-        return loss + own_weight * c.mtp_weight * mtp_loss, next_token_loss.detach()
+        return loss + untaught_weight * c.mtp_weight * mtp_loss, next_token_loss.detach()
 
 
 def draw_dropped(config: Config, replay: bool, step: int, micro_step: int) -> set[int]:
     """Stochastic depth (arXiv 1603.09382): the calls whose block a micro-step skips, on all virtual ranks.
 
-    The block of layer i is skipped with probability stochastic_depth * i / (L - 1), drawn anew for every call; the MTP
+    The block of layer i is skipped with probability stochastic_depth * i / (L - 1), drawn for every call; the MTP
     block counts as layer L.
     """
     if not config.stochastic_depth:
@@ -814,7 +814,7 @@ class Group:
 
     @property
     def layout(self) -> Literal["stacked", "flat"]:
-        """Muon needs whole matrices; AdamW works on elements."""
+        """The layout of the shards: Muon needs whole matrices; AdamW works on elements."""
         return "stacked" if self.method == "muon" else "flat"
 
 
@@ -917,7 +917,7 @@ def make_shards(config: Config, masters: dict[str, Tensor], world: World) -> Sha
     """The masters and their optimizer state: Muon's and AdamW's moments."""
     shards = Shards(masters, optimizer_groups(config, list(masters)), world)
     for bucket in shards.buckets:
-        shard = bucket.grad_shard  # of the dtype that state has
+        shard = bucket.grad_shard  # has the dtype of the state
         if bucket.group.method == "muon":
             shards.add_state(bucket, "momentum", torch.zeros_like(shard))
             mean_square = shard.mean(dim=reduced_dim(shard), keepdim=True)
@@ -990,7 +990,7 @@ class Optimizer:
 
 
 def lr_multiplier(config: Config, position: float) -> float:
-    """1, then linear down to lr_low over the last `warmdown` of a cycle."""
+    """1, then linearly down to lr_low over the last `warmdown` of a cycle."""
     fallen = max(0.0, position - (1 - config.warmdown)) / config.warmdown if config.warmdown else 0.0
     return 1.0 - (1.0 - config.lr_low) * fallen
 
@@ -1009,7 +1009,7 @@ def batch_tokens(config: Config, cycle: int) -> int:
 
 
 def perturbation_scale(config: Config, cycle: int) -> float:
-    """Of the noise after a cycle: half a cosine from perturb_first to perturb_last."""
+    """Scale of the noise after a cycle: half a cosine from perturb_first to perturb_last."""
     last = config.cycles - 2  # the last cycle that another follows
     position = cycle / last if last else 0.0
     return config.perturb_last + (config.perturb_first - config.perturb_last) * (1 + math.cos(math.pi * position)) / 2
@@ -1027,7 +1027,7 @@ def replays(config: Config, position: float) -> bool:
 
 @dataclass(frozen=True)
 class ChainPlan(StepPlan):
-    """What the steps of a chain complete. A cycle ends where an optimizer step ends, an epoch may end within one."""
+    """The plan of a chain. A cycle ends at the end of an optimizer step; an epoch may end within a step."""
 
     cycle: np.ndarray  # (N + 1,) int64, cycles completed before step s
 
@@ -1041,7 +1041,7 @@ class ChainPlan(StepPlan):
         return int(np.searchsorted(self.cycle, self.cycle[step]))
 
     def position(self, step: int) -> float:
-        """Where in its cycle a step is, from 0 to 1."""
+        """The position of a step in its cycle, from 0 to 1."""
         first = self.first_step(step)
         end = int(np.searchsorted(self.cycle, self.cycle[step] + 1))
         return (step - first) / (end - first)
@@ -1062,7 +1062,7 @@ class Scheduled:
 
 
 def schedule(config: Config, step: int, plan: ChainPlan) -> Scheduled:
-    """All of the above."""
+    """Evaluate all schedules at a step."""
     cycle = int(plan.cycle[step])
     position = plan.position(step)
     lr = lr_multiplier(config, position)
@@ -1085,9 +1085,9 @@ def schedule(config: Config, step: int, plan: ChainPlan) -> Scheduled:
 
 
 def split_fitness(config: Config, split: Split) -> tuple[Split, Split]:
-    """The training split -> (the fitness set, which is never trained on; the rest).
+    """Split the training data -> (the fitness set, which is never trained on; the rest).
 
-    The fitness set is the first documents, as many whole ones as have up to fitness_tokens tokens.
+    The fitness set is the first whole documents that have up to fitness_tokens tokens together.
     """
     ends = np.append(split.doc_starts[1:], len(split.tokens))
     count = int(np.searchsorted(ends, config.fitness_tokens, side="right"))
@@ -1106,12 +1106,12 @@ def split_fitness(config: Config, split: Split) -> tuple[Split, Split]:
 def epoch_sequences(config: Config, split: Split, epoch: int) -> np.ndarray:
     """The training sequences of an epoch of a chain, counted from 1, in the order of training: (n, T + 1) uint16.
 
-    Every epoch, the first included, permutes the documents, from their order in the epoch before. They are cut into
-    sequences, which are permuted in turn. Earlier records take the sequences of the file, and permute the micro-steps
-    or nothing.
+    Every epoch, the first included, permutes the documents, starting from their order in the epoch before. They are
+    concatenated and cut into sequences, which are permuted too. Earlier records cut the file once, and permute
+    micro-steps or nothing.
     """
     length = config.sequence_len + 1
-    first_seed = config.seed * 1009 + 1000  # of epoch 0; every chain has its own
+    first_seed = config.seed * 1009 + 1000  # of epoch 0; it differs between chains
     seeds = range(first_seed + 1, first_seed + epoch + 1)
     if config.shuffle == "documents":
         return shuffled_documents(split, length, document_seeds=seeds, sequence_seed=first_seed + epoch + 1000)
@@ -1125,7 +1125,7 @@ def micro_steps_per_epoch(config: Config, split: Split) -> int:
 
 
 def make_plan(config: Config, split: Split) -> ChainPlan:
-    """How many steps each cycle of a chain has, and what they complete. All chains have the same plan."""
+    """The plan of every chain: the steps of its cycles, and the tokens and epochs that they complete."""
     c = config
     epoch_tokens = micro_steps_per_epoch(c, split) * c.micro_step_tokens
     largest = max(c.batch_tokens, c.outer_batch_tokens)
@@ -1188,9 +1188,9 @@ def moved_names(config: Config, names: list[str]) -> list[str]:
 
 
 class Training:
-    """What training a chain changes: the masters with their optimizer state, and the models that compute.
+    """The state of training a chain: the masters with their optimizer state, the model, and the teacher.
 
-    All that the next step depends on besides its number is in `shards` and `teacher`, which are what checkpoints hold.
+    Besides its number, a step depends on nothing but `shards` and `teacher`, which are what checkpoints hold.
     """
 
     def __init__(self, config: Config, world: World, dtype: torch.dtype, kernels: dict[str, str], compiled: bool):
@@ -1261,7 +1261,10 @@ class Training:
 
     @torch.no_grad()
     def move(self, length: float) -> dict[str, Tensor]:
-        """Add first_grads to shards.grads -> the masters moved by `length` down them, over all, in their memory."""
+        """Add first_grads to shards.grads -> the masters moved down them, in their memory.
+
+        length: the norm of the move, over all matrices together.
+        """
         names, first_grads = list(self.first_grads), list(self.first_grads.values())
         torch._foreach_add_([self.shards.grads[name] for name in names], first_grads)
         norm = torch.stack(torch._foreach_norm(first_grads)).norm().clamp_min(1e-30)
@@ -1280,8 +1283,8 @@ class Training:
     ) -> Tensor:
         """Accumulate the gradient of weight * loss over micro-steps in the model -> the sums of weight * losses (2,).
 
-        sequences (n, T + 1) int64. Dropout is seeded by what is computed, whichever process computes it; stochastic
-        depth is drawn for a micro-step, and the same on all virtual ranks.
+        sequences (n, T + 1) int64. The seed of dropout depends on the sequences' place in the batch, not on processes;
+        stochastic depth is drawn once per micro-step, the same for all virtual ranks.
         """
         c = self.config
         teacher = self.teacher if values.taught else None
@@ -1331,7 +1334,7 @@ class Training:
 
     @torch.no_grad()
     def start_again(self, seed: int) -> None:
-        """Take fresh initial weights, and an optimizer without a past."""
+        """Draw new initial weights, and reset the optimizer state."""
         torch.manual_seed(seed)
         for name, initial in init_masters(self.config, self.dtype, self.world.device).items():
             self.masters[name].copy_(initial)
@@ -1360,7 +1363,7 @@ class Training:
             self.world.broadcast(p)
 
     def warm_up(self, stages: list[Scheduled]) -> None:
-        """Compute once per stage all that the run will compute, at its shapes, on random tokens. Leaves no trace."""
+        """Compile and warm up: compute everything once per stage, on random tokens. Masters and state do not change."""
         if self.teacher is not None:
             self.teach(self.masters)
             self.teacher_is_loaded = False
@@ -1399,7 +1402,7 @@ class Training:
 
 
 def member_weights(masters: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A snapshot of masters: matrices as the model computes with them, lambdas and mixes as they are.
+    """A snapshot of the masters: matrices in the compute dtype, lambdas and mixes unchanged.
 
     The heads are not mixed yet.
     """
@@ -1437,10 +1440,10 @@ def read_nats(path: Path, split: str) -> Tensor:
 
 
 def read_ledger(folder: Path) -> dict:
-    """What there is of a chain, by ledger.json in its folder: its state, steps, times, and its snapshots with losses.
+    """The ledger of a chain, from ledger.json in its folder: its state, steps, times, and its snapshots with losses.
 
-    state: waiting, training, stopped or finished. layout: the number of groups of processes, the index of the one that
-    trained it, and its processes. ValueError if it is damaged.
+    state: waiting, training, stopped or finished. layout: the number of groups of processes, the index of the group
+    that trained it, and the processes in that group. ValueError if the file is damaged.
     """
     path = folder / "ledger.json"
     empty = {"chain": int(folder.name.removeprefix("chain_")), "state": "waiting", "members": [], "layout": [1, 0, 1]}
@@ -1451,7 +1454,7 @@ def read_ledger(folder: Path) -> dict:
 def write_ledger(chain: Session, state: str, earlier: dict) -> str:
     """Write ledger.json -> why it is not written; empty if it is. Collective.
 
-    earlier: the ledger when this process took up the chain, with the layout of today.
+    earlier: the ledger as it was when this process began or resumed the chain, with the present layout.
     """
     failure = ""
     if chain.world.is_main:
@@ -1478,7 +1481,7 @@ def write_ledger(chain: Session, state: str, earlier: dict) -> str:
 def train_chain(
     run: Session, group: World, number: int, splits: dict[str, Split], kernels: list[Kernel], repeats: int
 ) -> str:
-    """Train a chain, or go on with it -> finished, stopped (by a signal) or full disk. Collective for the group.
+    """Train a chain, or continue it -> finished, stopped (by a signal) or full disk. Collective for the group.
 
     splits: train, fitness and val. repeats: chains that this group trains one after the other.
     """
@@ -1534,10 +1537,10 @@ def train_chain(
 
 
 def end_cycle(chain: Session, train: Training, number: int, cycle: int) -> None:
-    """Make a snapshot, score it as it will be stored, and keep it; it may teach the next cycle.
+    """Make a snapshot, score it as it will be stored, and keep it; it may become the teacher of the next cycle.
 
-    number: of the chain. cycle: counted from 1. What was done before a resume is skipped. A signal ends it early; then
-    the rest is done on the next resume, which begins at this step.
+    number: of the chain. cycle: counted from 1. What was done before a resume is skipped. After a signal the rest is
+    left to the next resume, which begins at this step.
     """
     c = chain.config
     chain.save(train)
@@ -1551,7 +1554,7 @@ def end_cycle(chain: Session, train: Training, number: int, cycle: int) -> None:
         chain.validate(f"cycle_{cycle}", nats, fitness_loss=fitness_loss)
         score = chain.scores[f"cycle_{cycle}"]
         losses = {"val_loss": score.loss, "val_bpb": score.bpb, "fitness_loss": fitness_loss}
-        by_target = {}  # of all processes: what selection and readout need of this snapshot
+        by_target = {}  # losses per target, of all processes, for the selection and the readout
         for split, eval_set in chain.eval_sets.items():
             by_target[f"nats.{split}"] = chain.world.gather_rows(nats[split].float(), eval_set.count)
         chain.keep_member(name, snapshot | by_target, chain=number, cycle=cycle, **losses)
@@ -1563,7 +1566,7 @@ def end_cycle(chain: Session, train: Training, number: int, cycle: int) -> None:
 
 
 def drop_lightest_member(chain: Session) -> None:
-    """If the chain has more snapshots than are kept, drop the one of least weight in it, but not the newest."""
+    """Drop the snapshot of least weight, except the newest, if the chain has more than are kept."""
 
     def lightest() -> str:
         nats = []
@@ -1578,7 +1581,7 @@ def drop_lightest_member(chain: Session) -> None:
 
 
 def begin_cycle(config: Config, train: Training, cycle: int) -> None:
-    """What follows a cycle, counted from 1: noise, or for independent members other weights."""
+    """Start the cycle that follows this one, counted from 1: add noise, or draw new weights for independent members."""
     seed = seed_of(config.seed, cycle)
     if config.members == "snapshots":
         train.perturb(perturbation_scale(config, cycle - 1), seed)
@@ -1589,7 +1592,7 @@ def begin_cycle(config: Config, train: Training, cycle: int) -> None:
 def unfinished_chains(run: Session) -> list[int]:
     """The numbers of the chains to train, by what is in the run folder. ValueError if a checkpoint is damaged.
 
-    It is found here, before the chains before it are trained, which may take days.
+    So it is found at once, and not after the days that the chains before it take.
     """
     run_folder, c = run.folder.path, run.config
     stop_mark(run_folder).unlink(missing_ok=True)  # of an earlier attempt
@@ -1608,12 +1611,12 @@ def unfinished_chains(run: Session) -> list[int]:
         sha256 = read_json(newest, {"sha256"}, advice)["sha256"]
         tensors = newest.with_suffix(".pt")
         if not tensors.exists() or sha256_file(tensors) != sha256:
-            raise ValueError(f"{newest} is damaged, or what it tells of: {advice}")
+            raise ValueError(f"{newest} or its tensors are damaged: {advice}")
     return [] if c.select_only else numbers
 
 
 def stop_mark(run_folder: Path) -> Path:
-    """A file that a group of processes leaves for the others when it stops."""
+    """The path of the file by which a group of processes tells the others that it stops."""
     return run_folder / "stopped"
 
 
@@ -1623,7 +1626,7 @@ def look_around(run_folder: Path, num_chains: int) -> tuple[list[int], bool]:
     for number in range(num_chains):
         try:
             is_finished = read_ledger(chain_folder(run_folder, number))["state"] == "finished"
-        except (OSError, ValueError):  # of a network disk, for a moment: the next look will tell
+        except (OSError, ValueError):  # a network disk may fail for a moment: the caller looks again
             is_finished = False
         if not is_finished:
             waiting.append(number)
@@ -1658,7 +1661,7 @@ MIXTURE_SIZES = (8, 16, 32, 64, 128, 256)  # members of the mixtures that are re
 def learn_weights(probabilities: Tensor) -> Tensor:
     """Weights of members by gradient descent: probabilities (M, N) float64 of N fitness targets -> (M,).
 
-    They are the softmax of what minimizes the mixture's mean nats, after 300 steps of AdamW from equal weights.
+    They are a softmax, found by 300 steps of AdamW, from equal weights, on the mixture's mean nats.
     """
     alpha = torch.zeros(len(probabilities), dtype=probabilities.dtype, requires_grad=True)
     optimizer = torch.optim.AdamW([alpha], lr=0.5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -1671,14 +1674,14 @@ def learn_weights(probabilities: Tensor) -> Tensor:
 
 
 def weights_of_nats(nats: list[Tensor]) -> Tensor:
-    """learn_weights from the losses (n, T) of each member on the fitness set -> (M,)."""
+    """The weights (M,) that learn_weights finds, from the losses (n, T) of each member on the fitness set."""
     return learn_weights(torch.stack([(-member.double().flatten()).exp() for member in nats]))
 
 
 def mixtures(weights: Tensor, sizes: tuple[int, ...] = MIXTURE_SIZES) -> dict[int, Tensor]:
-    """Weights (M,) of all members -> by size K, those in which only the K largest are not 0; they sum to 1.
+    """The mixtures of the K largest of the weights (M,), by K: weights (M,) that are 0 for the others and sum to 1.
 
-    K are the sizes below M, or M if none is.
+    K takes the sizes below M, or M alone if there are none.
     """
     order = weights.argsort(descending=True, stable=True)
     found = {}
@@ -1690,14 +1693,14 @@ def mixtures(weights: Tensor, sizes: tuple[int, ...] = MIXTURE_SIZES) -> dict[in
 
 
 def find_candidates(run: Session) -> list[dict]:
-    """The members that are on the disk and sound, by chain and cycle; the others are left out. Collective."""
+    """The members whose files are undamaged, in the order of chains and cycles; others are left out. Collective."""
     c, world, run_folder = run.config, run.world, run.folder.path
     members = []
     for number in range(c.chains):
         of_chain = read_ledger(chain_folder(run_folder, number))["members"]
         members += [member for member in of_chain if not (c.leave_out_first and member["cycle"] == 1)]
     sound = [0.0] * len(members)
-    for i in range(world.rank, len(members), world.size):  # hashes of a terabyte: each process takes its part
+    for i in range(world.rank, len(members), world.size):  # a terabyte to hash: the processes divide the work
         path = snapshot_path(run_folder, members[i])
         sound[i] = float(path.exists() and sha256_file(path) == members[i]["sha256"])
     candidates = []
@@ -1710,13 +1713,13 @@ def find_candidates(run: Session) -> list[dict]:
 
 
 def weigh(run: Session, candidates: list[dict]) -> tuple[list[float], dict[int, list[float]]]:
-    """On the main process -> (weights of all candidates; those of the mixtures, by the number of their members).
+    """Find (weights of all candidates; weights of the mixtures, by the number of their members), on the main process.
 
     ValueError if there is no candidate.
     """
     M = len(candidates)
     if not M:
-        raise ValueError(f"{run.folder.path} has no snapshot to read out: train it on, with --resume")
+        raise ValueError(f"{run.folder.path} has no snapshot to read out: continue its training with --resume")
     if run.config.selection == "uniform":
         equal = [1 / M] * M
         return equal, {M: equal}
@@ -1732,7 +1735,7 @@ def weigh(run: Session, candidates: list[dict]) -> tuple[list[float], dict[int, 
 
 @dataclass
 class Ensemble:
-    """What the readout found. Scores and losses are on the main process."""
+    """The result of the readout. Scores and losses are on the main process."""
 
     candidates: list[dict]
     weights: list[float]  # of all candidates
@@ -1764,7 +1767,7 @@ def load_snapshot(model: GPT, path: Path) -> None:
 
 @torch.no_grad()
 def score_members(run: Session, members: list[dict], split: str) -> list[Path] | None:
-    """Losses of members on a split, in scores/, made where they are not there yet -> their paths; None if stopped.
+    """Compute the losses of members on a split, in scores/, unless they exist -> their paths; None if stopped.
 
     Each member is loaded once, by one process, which scores all sequences.
     """
@@ -1803,8 +1806,8 @@ def mix_from_disk(paths: list[Path], split: str, mixtures: list[list[float]]) ->
 def mix_logits(run: Session, members: list[dict], split: str) -> Score | None:
     """Score of the average of the members' capped logits on a split; None if a signal came. Collective.
 
-    The average needs the whole distribution, so sequences are spread over the processes, and for each batch of them the
-    members are loaded one by one: slower than averaging probabilities.
+    The average needs the whole distribution, so the sequences are distributed over the processes, and the members are
+    loaded one by one for each batch, which is slower than averaging probabilities.
     """
     model = make_scorer(run)
     replay = replay_at_the_end(run.config, run.plan)
@@ -1815,7 +1818,7 @@ def mix_logits(run: Session, members: list[dict], split: str) -> Score | None:
         total = 0.0
         for member in members:
             load_snapshot(model, snapshot_path(run.folder.path, member))
-            log_probs = model.log_probs(tokens, replay)  # logits but for a constant, which the softmax takes away
+            log_probs = model.log_probs(tokens, replay)  # logits up to a constant, which the softmax removes
             total = total + member["weight"] * log_probs
         return -total.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
@@ -1871,14 +1874,14 @@ def read_out(run: Session, is_declared: bool) -> Ensemble | None:
 
 
 def sum_up_chains(run: Session) -> dict:
-    """What result.json says of the training of all chains, by their ledgers."""
+    """The entries of result.json about the training of all chains, from their ledgers."""
     ledgers = [read_ledger(chain_folder(run.folder.path, number)) for number in range(run.config.chains)]
     groups: dict[tuple[int, int], list[dict]] = {}  # by number of groups, and index of the group
     for ledger in ledgers:
         count, index, _ = ledger["layout"]
         groups.setdefault((count, index), []).append(ledger)
     longest = {}
-    for key in ("train_time_s", "wall_time_s"):  # groups work side by side: of each number of groups, the longest
+    for key in ("train_time_s", "wall_time_s"):  # groups train in parallel: the longest time, for each number of groups
         sums = {where: sum(ledger[key] for ledger in of_group) for where, of_group in groups.items()}
         counts = {count for count, _ in sums}
         longest[key] = sum(max(s for (count, _), s in sums.items() if count == n) for n in counts)
@@ -1976,11 +1979,11 @@ def draw_ensemble(run: Session, ensemble: Ensemble, losses: dict[int, float]) ->
 def publish(run: Session, ensemble: Ensemble, is_declared: bool, epoch_tokens: int, readout_s: float) -> str:
     """Write final/, curve.png, the mixtures' losses and the result, on the main process -> why it failed, or empty.
 
-    A readout with other settings than the run's only writes a result of its own, beside the declared one.
+    A readout with other settings than the run's writes only a separate result, beside the declared one.
     """
     c, run_folder = run.config, run.folder.path
     if is_declared:
-        (run_folder / "result.json").unlink(missing_ok=True)  # what it says of final/ will not be true
+        (run_folder / "result.json").unlink(missing_ok=True)  # its description of final/ would be wrong
         failure = save_final(run, ensemble)
         if failure:
             return failure
@@ -2018,7 +2021,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
     @torch.no_grad()
     def log_probs(member: dict, tokens: Tensor) -> Tensor:
         if loaded[-1] is not member:
-            raise ValueError("the next member has taken this one's place: use them one at a time")
+            raise ValueError("the next member is loaded in its place: use members one at a time")
         return model.log_probs(tokens.to(device), **final["stage"]).float()
 
     for member in final["members"]:
@@ -2033,7 +2036,7 @@ def load_members(run_dir: str | Path, device: str | torch.device) -> Iterator[tu
 
 
 def short_runs(config: Config) -> dict[str, dict]:
-    """Settings of runs to measure: of one stage, by its name, or that end with it, and "all", with each stage."""
+    """Settings of short runs to measure: of each stage, by its name, or that end with it, and of "all" stages."""
     both = {"chains": 1, "cycles": 2, "teach_after": 1, "cycle_epochs": 1, "first_cycle_epochs": 1}
     both["fitness_tokens"] = 20000  # of a small data set
     student = both | {"cycles": 1, "teach_after": 0}
@@ -2043,7 +2046,7 @@ def short_runs(config: Config) -> dict[str, dict]:
 
 
 def count_sizes(config: Config, dtype: torch.dtype, splits: dict[str, Split], num_groups: int) -> Sizes:
-    """What the run needs of memory and disk, from the shapes alone. splits: those whose losses are kept."""
+    """The memory and disk that the run needs, from the shapes alone. splits: those whose losses are kept."""
     masters = init_masters(config, dtype, torch.device("meta"))
     shards = make_shards(config, masters, World(0, 1, torch.device("meta")))
     elements = {name: p.numel() for name, p in masters.items()}
@@ -2075,7 +2078,7 @@ def count_sizes(config: Config, dtype: torch.dtype, splits: dict[str, Split], nu
 
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> list[Kernel]:
-    """What computes where there is a choice; ValueError if what is wanted does not run."""
+    """The kernels to use where there is a choice; ValueError if a wanted one does not run."""
     head_dim = config.n_embd // config.n_head
     chosen = choose_attention(config.attention, head_dim, device, dtype)
     windows = sorted({config.window(i) for i in range(config.n_layer)})
@@ -2085,7 +2088,7 @@ def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype) -> 
 
 
 def add_chains(run: Session) -> None:
-    """Take up --add-chains, which is for finished runs (ValueError)."""
+    """Apply --add-chains, which is for finished runs (ValueError)."""
     c = run.config
     for name in ("add_chains", "select_only"):
         if getattr(c, name) and run.saved is None:
@@ -2101,7 +2104,7 @@ def add_chains(run: Session) -> None:
 
 
 def describe_plan(run: Session, num_groups: int, group_size: int) -> dict[str, str]:
-    """What the header says of chains and groups, by the words in front."""
+    """The header's lines on chains and groups, by title."""
     c, plan = run.config, run.plan
     batches = np.diff(plan.tokens)
     flops = float(plan.flops[-1])
@@ -2149,7 +2152,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{run.folder.path} is not seen by all processes: --runs-dir must be on a shared disk")
     if num_groups > c.chains:
         idle = (num_groups - c.chains) * group_size
-        run.log(f"WARNING: {idle} processes have nothing to train: fewer machines, or more --processes-per-chain")
+        run.log(f"WARNING: {idle} processes have nothing to train: use fewer machines, or raise --processes-per-chain")
 
     # The chains of this group, one after the other
     unfinished = run.world.on_main(unfinished_chains, run)
@@ -2157,7 +2160,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in numbers:
         try:
             outcome = train_chain(run, group, number, splits, kernels, repeats=math.ceil(len(unfinished) / num_groups))
-        except ValueError as error:  # of another process or a person on the disk
+        except ValueError as error:  # another process has the chain's lock, or its files are damaged
             if number == numbers[0]:
                 raise
             return stop(run, str(error))  # chains before it are finished, and stay
@@ -2167,7 +2170,7 @@ def main(argv: list[str] | None = None) -> int:
         if run.world.cuda:
             torch.cuda.empty_cache()
 
-    # Those of the other groups
+    # Wait for the chains of the other groups
     if not c.select_only and not wait_for_other_groups(run, group):
         return stop(run)
 
