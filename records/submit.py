@@ -24,9 +24,12 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from records import referee  # noqa: E402
+from records.judge.files import OF_A_RUN, submitted_mb  # noqa: E402
+from records.judge.findings import RECORDS, Judge, Options  # noqa: E402
+from records.judge.runs import Folder, open_folders, require  # noqa: E402
+from records.judge.verdict import judge_folders, report, verdict  # noqa: E402
 from records.leaderboard import table  # noqa: E402
-from records.referee import Folder, Judge, Options, require  # noqa: E402
+from records.referee import add_options  # noqa: E402
 from slowrun.data import read_json  # noqa: E402
 from slowrun.folder import write_json  # noqa: E402
 
@@ -54,7 +57,7 @@ def settings_flags(run: Folder) -> str:
     flags = []
     for name, value in run.saved["overrides"].items():
         flag = name.replace("_", "-")
-        if name not in referee.OF_A_RUN:
+        if name not in OF_A_RUN:
             flags.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
     return "".join(f" {shlex.quote(flag)}" for flag in flags)
 
@@ -123,7 +126,7 @@ def shrink(folder: Path) -> None:
 
     def too_large() -> bool:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        return size > referee.submitted_mb(folder) * 1e6
+        return size > submitted_mb(folder) * 1e6
 
     for pattern, change in (("metrics.jsonl", pack), ("curve.png", Path.unlink)):
         if too_large():
@@ -161,8 +164,8 @@ def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed:
             copy_run(run, folder / f"seed-{run.config['seed']}")
         (folder / "README.md").write_text(text)
         shrink(folder)
-        judge = referee.judge_folders([folder], options)
-        if not referee.report(judge)["ok"]:
+        judge = judge_folders([folder], options)
+        if not report(judge)["ok"]:
             return judge
         require(not final.exists(), f"{final} exists, but {path} does not list it: move it away")
         folder.rename(final)
@@ -181,7 +184,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--title", required=True, help="what is new, in a few words")
     parser.add_argument("--by", default="", metavar="NAME,NAME", help="contributors")
     parser.add_argument("--description", type=Path, metavar="FILE", help="Markdown text for the README")
-    referee.add_options(parser)
+    add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -189,19 +192,19 @@ def submit(arguments: argparse.Namespace) -> int:
     """Judge, and write what is not refused -> the exit code. ValueError if it cannot be tried."""
     options = {name: getattr(arguments, name) for name in ("data", "other_data", "device", "time_limit_min")}
     options = Options(**options, records_dir=arguments.records_dir, submission=True, say=partial(print, flush=True))
-    elsewhere = arguments.records_dir.resolve() != referee.RECORDS
+    elsewhere = arguments.records_dir.resolve() != RECORDS
     said = "--other-data needs a --records-dir of its own: the repository lists results on FineWeb only"
     require(elsewhere or not arguments.other_data, said)
     description = arguments.description.read_text() if arguments.description else ""
-    runs, submitted = referee.open_folders(arguments.folders)
+    runs, submitted = open_folders(arguments.folders)
     require(submitted is None, f"{submitted} is a submitted record already: name run folders")
     path = arguments.records_dir / runs[0].track / "records.json"
     listed = read_list(path, arguments.other_data)
     number = 1 + max((entry["number"] for entry in listed["records"]), default=0)
     folder = path.parent / f"{number:02d}-{slug(arguments.title)}"
     print("The runs:", flush=True)
-    judge = referee.judge_folders(arguments.folders, options)
-    if referee.report(judge)["ok"]:
+    judge = judge_folders(arguments.folders, options)
+    if report(judge)["ok"]:
         print(f"\nThe folder that is to be {folder}:", flush=True)
         runs.sort(key=lambda run: run.config["seed"])
         entry = make_entry(runs, number, folder.name, arguments.title, arguments.by)
@@ -209,8 +212,8 @@ def submit(arguments: argparse.Namespace) -> int:
         text = readme(entry, runs, description, significance, arguments.records_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
         judge = write_record(entry, runs, text, path, listed, options)
-    if not referee.report(judge)["ok"]:
-        print(f"verdict: {referee.verdict(judge)}; nothing was written")
+    if not report(judge)["ok"]:
+        print(f"verdict: {verdict(judge)}; nothing was written")
         return 1
     print(f"\n{folder} made: val_loss {entry['val_loss']:.5f}, number {entry['number']} of {path}")
     if arguments.other_data:

@@ -1,6 +1,6 @@
-"""The worker of records/referee.py: predicts with a run's own code and writes down what it measured. No verdict.
+"""The referee's worker: predicts with a run's own code and writes down what it measured. No verdict.
 
-    python records/score.py TASK.json      # writes found.json, val.npy and holdout.npy beside it
+    python records/judge/worker.py TASK.json      # writes found.json, val.npy and holdout.npy beside it
 
 It runs in a process of its own, with a time limit, without gradients and without bytecode of the run's folder. That
 isolates the referee from crashes and hangs, NOT from malice: the run's code can do what its user can. Of this
