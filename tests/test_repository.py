@@ -16,7 +16,7 @@ import tiny.train as tiny
 import train
 import two_hour.train as two_hour
 import unlimited.train as unlimited
-from records import instruments, leaderboard, referee, submit
+from records import instruments, judge, leaderboard, referee, submit
 from slowrun.data import unread_split
 from slowrun.machine import GIB
 from slowrun.plan import Sizes, StepPlan
@@ -24,6 +24,7 @@ from slowrun.rules import OFFICIAL_TRAIN_TOKENS
 from tools import bench
 
 README = (ROOT / "README.md").read_text()
+RECORDS_PAGE = (ROOT / "records" / "README.md").read_text()
 PACKAGE = {name: importlib.import_module(f"slowrun.{name}") for name in INSTRUMENT if name != "__init__"}
 MODULES = {
     "README.md": {"train": train, "model": model} | PACKAGE,
@@ -107,6 +108,12 @@ def test_the_table_of_the_instrument_is_complete():
     rows = re.findall(r"^\| \[(\w+)\.py\]\(slowrun/(\w+)\.py\) \|", section, re.MULTILINE)
     order = re.findall(r"^    (\w+)  ", slowrun.__doc__, re.MULTILINE)
     assert rows == [(name, name) for name in order] and set(order) == PACKAGE.keys()
+
+
+def test_the_table_of_the_referee_is_complete():
+    """In the order of the docstring, and in its words."""
+    rows = re.findall(r"^\| \[\w+\.py\]\(judge/(\w+)\.py\) \| (.+) \|$", RECORDS_PAGE.replace("`", ""), re.MULTILINE)
+    assert rows == re.findall(r"^    (\w+) +(.+)$", judge.__doc__, re.MULTILINE)
 
 
 def test_messages_in_the_troubleshooting_exist():

@@ -1,15 +1,17 @@
-"""What records/referee.py judges by. Each module imports only from those above it.
+"""The parts of records/referee.py, which judges runs.
 
-runs         run folders, their files as they are used, and their numbers
-findings     PASS, FAIL and NOTE, the options and the state of a judgement
-files        which files a folder has, result.json, the code, the instrument, eligibility
-logs         the log and the losses that it and metrics.jsonl say
-overlap      training documents in another split
-data         the data files, and how many sequences they have
-clock        step times, caps and the number of steps
-scoring      weights, the process that scores a run, and the losses that it finds
-worker       that process: it imports nothing of this repository
-probes       what it measured besides: probabilities, causality, learning
-submission   several runs as one record
-verdict      all checks in their order, and what is made of them
+    verdict     every check, in order, and the verdict
+    submission  several runs as one submission: the same experiment, the seeds, significance
+    probes      probabilities, causality, learning: what the worker measured besides the losses
+    scoring     the weights, the worker's process, and the losses computed from its predictions
+    clock       step times, caps, and the number of steps
+    data        the data files, their sequences, and documents in two splits
+    logs        the log, and every loss that a run wrote down
+    files       the kinds of files, config.json and result.json, the script and its slowrun/
+    findings    PASS, FAIL and NOTE, the options, and the state of a judgement
+    runs        run folders as they are read, and checked numbers
+    overlap     the search for training documents in another split
+    worker      the process that runs a run's own code; it imports nothing of this repository
+
+Each module imports only those below it.
 """
