@@ -1,17 +1,17 @@
-"""Judges runs: whether what they claim is so, and keeps the benchmark's rules.
+"""Judges runs: whether their claims are true and the rules of the benchmark are kept.
 
-    python records/referee.py runs/a runs/b runs/c          # one submission; --data is the config's if not given
-    python records/referee.py runs/demo --other-data        # other data than FineWeb: sound or not, but no record
+    python records/referee.py runs/a runs/b runs/c          # as one submission; --data defaults to the config's
+    python records/referee.py runs/demo --other-data        # data other than FineWeb: sound or not, but no record
     python records/referee.py records/limited/22-slug       # a submitted folder, which has no weights: the static part
 
-Prints a line per check and run, PASS, FAIL with the reason, or NOTE, and a verdict. Exit code: 0 nothing fails, 1
-something does, 2 it cannot be called like that. It believes nothing that a run says of itself where it can find out.
-Data, scores and rules are those of slowrun/ beside it; that of a run, in its code/, must be a version of it that
+Prints a line per check and run, PASS, FAIL with the reason, or NOTE, and then a verdict. Exit code: 0 nothing fails,
+1 something fails, 2 the arguments are wrong. It takes no claim of a run on trust that it can check. For data, scores
+and rules it uses the slowrun/ of this repository; the slowrun/ in a run's code/ must be a version of it that
 records/instruments.json lists.
 
-The run's code is executed by records/judge/worker.py, in a process of its own with a time limit: that keeps crashes and
-hangs away, but it is NOT a sandbox against malice. Judge code that you have not read on a machine that you can lose,
-or with --static, which neither needs weights and data nor executes anything.
+records/judge/ has the checks. The run's code is executed by records/judge/worker.py, in a process of its own with a
+time limit. That contains crashes and hangs, but it is NOT a sandbox against malice: judge code that you have not read
+on a machine that you can afford to lose, or with --static, which needs no weights and no data and executes nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from slowrun.folder import write_json
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What records/submit.py has too."""
+    """Add the options that records/submit.py has too."""
     data = "folder with the data [the one that the run's config names]"
     parser.add_argument("--data", metavar="DIR", help=data)
     parser.add_argument("--other-data", action="store_true", help="accept data that are not the official files")
@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 nothing fails, 1 something does, 2 refused."""
+    """Exit code: 0 nothing fails, 1 something fails, 2 refused."""
     arguments = vars(parse_arguments(argv))
     folders, json_to = arguments.pop("folders"), arguments.pop("json")
     if json_to != "-":

@@ -24,8 +24,8 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from records.judge.files import OF_A_RUN, submitted_mb  # noqa: E402
-from records.judge.findings import RECORDS, Judge, Options  # noqa: E402
+from records.judge.files import PER_RUN_SETTINGS, submitted_mb  # noqa: E402
+from records.judge.findings import RECORDS, Judgement, Options  # noqa: E402
 from records.judge.runs import Folder, open_folders, require  # noqa: E402
 from records.judge.verdict import judge_folders, report, verdict  # noqa: E402
 from records.leaderboard import table  # noqa: E402
@@ -57,7 +57,7 @@ def settings_flags(run: Folder) -> str:
     flags = []
     for name, value in run.saved["overrides"].items():
         flag = name.replace("_", "-")
-        if name not in OF_A_RUN:
+        if name not in PER_RUN_SETTINGS:
             flags.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
     return "".join(f" {shlex.quote(flag)}" for flag in flags)
 
@@ -155,7 +155,7 @@ def make_entry(runs: list[Folder], number: int, folder: str, title: str, by: str
     }
 
 
-def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed: dict, options: Options) -> Judge:
+def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed: dict, options: Options) -> Judgement:
     """Make the folder and add it to the list -> what the referee finds of it; if something fails, nothing is left."""
     with tempfile.TemporaryDirectory(prefix=".submission-", dir=path.parent) as temporary:
         folder, final = Path(temporary) / entry["folder"], path.parent / entry["folder"]
@@ -164,9 +164,9 @@ def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed:
             copy_run(run, folder / f"seed-{run.config['seed']}")
         (folder / "README.md").write_text(text)
         shrink(folder)
-        judge = judge_folders([folder], options)
-        if not report(judge)["ok"]:
-            return judge
+        judgement = judge_folders([folder], options)
+        if not report(judgement)["ok"]:
+            return judgement
         require(not final.exists(), f"{final} exists, but {path} does not list it: move it away")
         folder.rename(final)
         try:
@@ -174,7 +174,7 @@ def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed:
         except BaseException:
             shutil.rmtree(final)
             raise
-    return judge
+    return judgement
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -203,17 +203,17 @@ def submit(arguments: argparse.Namespace) -> int:
     number = 1 + max((entry["number"] for entry in listed["records"]), default=0)
     folder = path.parent / f"{number:02d}-{slug(arguments.title)}"
     print("The runs:", flush=True)
-    judge = judge_folders(arguments.folders, options)
-    if report(judge)["ok"]:
+    judgement = judge_folders(arguments.folders, options)
+    if report(judgement)["ok"]:
         print(f"\nThe folder that is to be {folder}:", flush=True)
         runs.sort(key=lambda run: run.config["seed"])
         entry = make_entry(runs, number, folder.name, arguments.title, arguments.by)
-        significance = next(f.text for f in judge.findings[::-1] if f.check == "significance")
+        significance = next(f.text for f in judgement.findings[::-1] if f.check == "significance")
         text = readme(entry, runs, description, significance, arguments.records_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
-        judge = write_record(entry, runs, text, path, listed, options)
-    if not report(judge)["ok"]:
-        print(f"verdict: {verdict(judge)}; nothing was written")
+        judgement = write_record(entry, runs, text, path, listed, options)
+    if not report(judgement)["ok"]:
+        print(f"verdict: {verdict(judgement)}; nothing was written")
         return 1
     print(f"\n{folder} made: val_loss {entry['val_loss']:.5f}, number {entry['number']} of {path}")
     if arguments.other_data:

@@ -18,8 +18,8 @@ from conftest import SMALL, TRACKS, UNLIMITED, flags
 
 from records import instruments, referee
 from records.judge import scoring, worker
-from records.judge.files import KERNELS, OF_A_RUN
-from records.judge.findings import Judge, Options
+from records.judge.files import MACHINE_SETTINGS, PER_RUN_SETTINGS
+from records.judge.findings import Judgement, Options
 from records.judge.runs import Folder, open_folders
 from slowrun import rules
 from slowrun.data import sha256_file
@@ -131,9 +131,9 @@ class Case:
 
     def claim_what_it_scores(self) -> None:
         """Claim the losses that the run's own members give."""
-        judge = Judge(Options(other_data=True, probe_seed=1))
+        judgement = Judgement(Options(other_data=True, probe_seed=1))
         (run,), _ = open_folders([self.path])
-        scored = scoring.score_run(run, judge)
+        scored = scoring.score_run(run, judgement)
         self.validate_as(run, [measured["loss"] for measured in scored.measured])
         for split, found in scored.scores.items():
             counts = {"val_tokens": found.tokens, "val_bytes": found.bytes} if split == "val" else {}
@@ -195,7 +195,7 @@ def judge(capsys, *paths: Path | Case, options: list[str] | None = None) -> Foun
 def as_defaults(case: Case) -> None:
     """Put a run's settings into its script, as a record has them."""
     saved = case.read("config.json")
-    settings = {k: v for k, v in saved["overrides"].items() if k not in OF_A_RUN | KERNELS}
+    settings = {k: v for k, v in saved["overrides"].items() if k not in PER_RUN_SETTINGS | MACHINE_SETTINGS}
     for name, value in settings.items():
         case.replace(rf"^(    {name}: .*? = )[^#]*?(  #.*)?$", rf"\g<1>{value!r}\g<2>", "code/train.py")
     case.edit("config.json", overrides={k: v for k, v in saved["overrides"].items() if k not in settings})

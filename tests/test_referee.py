@@ -29,7 +29,7 @@ from records import referee
 from records.judge import files, overlap, scoring, verdict, worker
 from records.judge.clock import planned_tokens
 from records.judge.data import official_sequences
-from records.judge.findings import Check, Judge, Options
+from records.judge.findings import Check, Judgement, Options
 from records.judge.runs import open_folders
 from slowrun import rules
 from slowrun.data import sha256_file
@@ -379,7 +379,7 @@ def test_wrong_byte_counts(case, capsys, in_process):
 def test_known_tokenizers_have_known_bytes(tmp_path, gpt2):
     check = Check(other_data=False)
     meta = {"source": "", "tokenizer": "", "splits": {}}
-    for size, lengths in ((scoring.GPT2, gpt2.token_bytes()), (scoring.BYTES, [1] * 256 + [0])):
+    for size, lengths in ((scoring.GPT2_VOCAB, gpt2.token_bytes()), (scoring.BYTES_VOCAB, [1] * 256 + [0])):
         write_json(tmp_path / "meta.json", meta | {"vocab_size": size, "token_bytes": lengths})
         assert scoring.byte_lengths(check, str(tmp_path), size).tolist() == lengths
         write_json(tmp_path / "meta.json", meta | {"vocab_size": size, "token_bytes": [2, *lengths[1:]]})
@@ -604,7 +604,7 @@ def test_a_result_that_lacks_something(case, capsys):
     for name in files.RESULT_KEYS:
         write_json(case.path / "result.json", {k: v for k, v in result.items() if k != name})
         (run,), _ = open_folders([case.path])
-        judgement = Judge(Options(other_data=True))
+        judgement = Judgement(Options(other_data=True))
         judgement.run_check("completeness", "run", files.check_completeness, run, judgement)
         assert judgement.findings[0].status == "FAIL" and name in judgement.findings[0].text
     (case.path / "result.json").unlink()
@@ -639,7 +639,7 @@ def test_weights_of_members_and_how_they_are_mixed(case, capsys, in_process):
     def said() -> str:
         case.sign_final()
         (run,), _ = open_folders([case.path])
-        judgement = Judge(Options(other_data=True))
+        judgement = Judgement(Options(other_data=True))
         judgement.run_check("weights", "run", scoring.check_weights, run, judgement)
         (finding,) = judgement.findings
         return f"{finding.status} {finding.text}"
@@ -1052,4 +1052,4 @@ def test_the_rules_are_those_of_the_scripts():
     for track, module in (TRACKS | UNLIMITED).items():
         config, of_track = importlib.import_module(module).Config(), rules.RULES[track]
         assert (of_track.cap_min, of_track.val_sequences) == (config.time_cap_min, config.val_sequences)
-        assert config.sequence_len == rules.SEQUENCE_LEN and config.vocab_size == scoring.GPT2
+        assert config.sequence_len == rules.SEQUENCE_LEN and config.vocab_size == scoring.GPT2_VOCAB

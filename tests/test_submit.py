@@ -66,7 +66,7 @@ def test_a_record_folder(honest, records, tmp_path, capsys):
     command = re.search(r"code/train.py (.+)", text)[1]
     given = two_hour.Config(**parse(two_hour, shlex.split(command)))
     config = json.loads((runs[1] / "config.json").read_text())["config"]
-    assert all(getattr(given, name) == value for name, value in config.items() if name not in files.OF_A_RUN)
+    assert all(getattr(given, name) == value for name, value in config.items() if name not in files.PER_RUN_SETTINGS)
     (entry,) = json.loads((records / "two_hour" / "records.json").read_text())["records"]
     assert entry["seeds"] == [42, 43] and entry["losses"] == [result["val_loss"] for result in results]
     assert entry["val_loss"] == pytest.approx(sum(entry["losses"]) / 2) and entry["kind"] == "verified"

@@ -1,28 +1,27 @@
-"""Checks of time: the steps' times add up and keep the cap, and there are as many steps as config and data make."""
+"""Checks of time and steps: times add up and keep the cap; steps and tokens follow from config and data."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
 from records.judge.data import official_sequences, training_sequences
-from records.judge.findings import Check, Judge
+from records.judge.findings import Check, Judgement
 from records.judge.runs import Folder, Part, close, number
 from slowrun.session import duration
 from slowrun.world import VIRTUAL_RANKS
 
-CLOCK_TOLERANCE = 0.01  # relative
+CLOCK_TOLERANCE = 0.01  # relative, of the sum of the steps' times
 
 # ======================================================================================================================
 # Times
 # ======================================================================================================================
 
 
-def check_clock(check: Check, run: Folder, judge: Judge) -> str:
+def check_clock(check: Check, run: Folder, judgement: Judgement) -> str:
     """The steps' times add up to the training time, which is within the cap; nothing is trained off the clock."""
     result, seconds = run.result, number(run.result["train_time_s"])
     for part in run.parts:
-        told = part.ledger if run.track == "unlimited" else result
-        check_part(check, part, told)
+        check_part(check, part, part.ledger if run.track == "unlimited" else result)
     if run.track == "unlimited":
         check_chains(check, run)
     else:
@@ -33,39 +32,41 @@ def check_clock(check: Check, run: Folder, judge: Judge) -> str:
     return f"{result['steps']:,} steps add up to {duration(seconds)} of training"
 
 
-def check_part(check: Check, part: Part, told: dict) -> None:
-    """Steps of a run or a chain: each once, in order, with a time and tokens; told: what it says of them."""
+def check_part(check: Check, part: Part, summary: dict) -> None:
+    """Each step is there once, in order, with its time and tokens, as the part's summary (result or ledger) has it."""
     steps, name = part.steps, f"{part.name}: " if part.name else ""
-    numbers, count = [line["step"] for line in steps], told["steps"]
-    said = f"{name}metrics.jsonl has {len(numbers)} timed steps, up to {max(numbers, default=0)}"
-    check.need(numbers == list(range(1, count + 1)), f"{said}, not 1 to {count} in order")
+    numbers, count = [line["step"] for line in steps], summary["steps"]
+    text = f"{name}metrics.jsonl has {len(numbers)} timed steps, up to {max(numbers, default=0)}"
+    check.need(numbers == list(range(1, count + 1)), f"{text}, not 1 to {count} in order")
     untimed = [line["step"] for line in part.metrics if "train_loss" in line and "dt_s" not in line]
     check.need(not untimed, f"{name}steps {untimed[:5]} were trained off the clock")
     late = [line["step"] for line in part.metrics if line["step"] > count]
     check.need(not late, f"{name}steps {late[:5]} come after the last one counted, {count}")
     wrong = [line["step"] for line in steps if not number(line["dt_s"]) > 0]
     check.need(not wrong, f"{name}steps {wrong[:5]} took no time")
-    total, seconds = sum(line["dt_s"] for line in steps), number(told["train_time_s"])
+    total, seconds = sum(line["dt_s"] for line in steps), number(summary["train_time_s"])
     fits = close(total, seconds, CLOCK_TOLERANCE * seconds)
     check.need(fits, f"{name}the times of the steps add up to {total:.2f} s, train_time_s is {seconds:.2f} (within 1%)")
     last = steps[-1]["tokens"] if steps else 0
-    check.need(told["tokens"] == last, f"{name}tokens is {told['tokens']}, after the last step they were {last}")
+    check.need(summary["tokens"] == last, f"{name}tokens is {summary['tokens']}, after the last step they were {last}")
 
 
 def check_cap(check: Check, run: Folder) -> None:
     """Training ended within the track's cap, and within the run's own."""
-    seconds, cap, own = run.result["train_time_s"], run.rules.cap_min, number(run.config["time_cap_min"])
+    seconds, cap, run_cap = run.result["train_time_s"], run.rules.cap_min, number(run.config["time_cap_min"])
     check.record_needs(seconds <= 60 * cap, f"training took {seconds / 60:.2f} min, the cap is {cap:g}")
-    check.record_needs(0 < own <= cap, f"the cap of {cap:g} min was {'lifted' if own <= 0 else f'set to {own:g}'}")
-    check.need(own <= 0 or seconds <= 60 * own, f"training took {seconds / 60:.2f} min, the run's own cap is {own:g}")
+    change = "lifted" if run_cap <= 0 else f"set to {run_cap:g}"
+    check.record_needs(0 < run_cap <= cap, f"the cap of {cap:g} min was {change}")
+    fits = run_cap <= 0 or seconds <= 60 * run_cap
+    check.need(fits, f"training took {seconds / 60:.2f} min, the run's own cap is {run_cap:g}")
     if run.result["stopped_by"] == "time_cap":
         slack = 3 * max(line["dt_s"] for line in run.main.steps[-6:])  # it stops before the step that may pass the cap
-        near = own > 0 and seconds + slack >= 60 * own
-        check.need(near, f"stopped_by is time_cap after {seconds / 60:.2f} min, but the cap is {own:g}")
+        near = run_cap > 0 and seconds + slack >= 60 * run_cap
+        check.need(near, f"stopped_by is time_cap after {seconds / 60:.2f} min, but the cap is {run_cap:g}")
 
 
 def check_chains(check: Check, run: Folder) -> None:
-    """What result.json sums up of the chains of an unlimited run, and the most that it may use."""
+    """result.json sums up the ledgers of an unlimited run's chains, and the run keeps the limits of its track."""
     result, ledgers = run.result, [part.ledger for part in run.parts]
     states = {ledger["state"] for ledger in ledgers}
     check.need(states == {"finished"}, f"chains are {', '.join(states)}, not all finished")
@@ -100,10 +101,10 @@ def check_chains(check: Check, run: Folder) -> None:
 # ======================================================================================================================
 
 
-def check_steps(check: Check, run: Folder, judge: Judge) -> str:
+def check_steps(check: Check, run: Folder, judgement: Judgement) -> str:
     """Steps and tokens are those that follow from the config and the number of training sequences."""
-    if not judge.options.static:
-        sequences = training_sequences(run, judge)
+    if not judgement.options.static:
+        sequences = training_sequences(run, judgement)
     elif run.official and run.track != "unlimited":
         sequences = official_sequences()
     else:
@@ -122,7 +123,7 @@ def check_steps(check: Check, run: Folder, judge: Judge) -> str:
 
 
 def planned_tokens(config: dict, sequences: int) -> list[int]:
-    """Tokens that are done after 0, 1, ... all steps of a run, or of a chain, by its config."""
+    """Tokens after 0, 1, ... steps of a run, or of a chain, up to the last, as its config plans them."""
     group = VIRTUAL_RANKS * config["micro_batch"]
     epoch_tokens = sequences // group * group * config["sequence_len"]
     if "cycles" not in config:
@@ -130,8 +131,8 @@ def planned_tokens(config: dict, sequences: int) -> list[int]:
         return [batch * step for step in range(round(epoch_tokens * config["num_epochs"] / batch) + 1)]
     tokens, last = [0], config["cycles"] - 1
     for cycle in range(config["cycles"]):
-        in_the_middle = 2 * (last - abs(2 * cycle - last)) >= last
-        batch = config["batch_tokens" if in_the_middle else "outer_batch_tokens"]
+        is_middle = 2 * (last - abs(2 * cycle - last)) >= last
+        batch = config["batch_tokens" if is_middle else "outer_batch_tokens"]
         epochs = config["cycle_epochs"]
         if cycle == 0:
             epochs = config.get("first_cycle_epochs") or epochs
@@ -140,7 +141,7 @@ def planned_tokens(config: dict, sequences: int) -> list[int]:
 
 
 def check_batches(check: Check, run: Folder) -> str:
-    """Every step has the tokens of a batch."""
+    """Every step takes the tokens of one batch."""
     sizes = {run.config["batch_tokens"], run.config.get("outer_batch_tokens", run.config["batch_tokens"])}
     for part in run.parts:
         tokens = [0, *(line["tokens"] for line in part.steps)]

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 from records import instruments
-from records.judge.findings import Check, Judge
+from records.judge.findings import Check, Judgement
 from records.judge.runs import Folder, close, differing, not_finite, number, require
 from slowrun import rules
 from slowrun.folder import code_sha256, instrument_sha256
@@ -18,14 +18,14 @@ from slowrun.scoring import data_efficiency
 
 CODE_MB, SUBMITTED_MB = 1, 5  # MB is 10^6 bytes
 
-# Overrides that a record may have, as none is a hyperparameter: what differs between runs of a submission (the seed
-# and names; how often it is said, saved and watched; how many sequences a pass takes, which is the same mathematics),
-OF_A_RUN = {
+# Overrides that a record may have, as none is a hyperparameter. These may differ between the runs of a submission:
+# the seed, names, how often a run prints and saves, and sequences per pass, which do not change the mathematics.
+PER_RUN_SETTINGS = {
     "seed", "run_name", "runs_dir", "data_dir", "eval_batch", "device_batch", "checkpoint_min", "log_every", "wandb",
     "eval_initial", "checkpoints", "profile_steps",
 }  # fmt: skip
-# and what computes it, which the result names and no machine has all of; it is the same in all runs of a submission.
-KERNELS = {"device", "dtype", "compile", "attention", "head", "processes_per_chain"}
+# These depend on the machine. The result names them, and they are the same in all runs of a submission.
+MACHINE_SETTINGS = {"device", "dtype", "compile", "attention", "head", "processes_per_chain"}
 
 RESULT_NUMBERS = (
     "val_loss", "best_val_loss", "steps", "tokens", "epochs", "train_time_s", "wall_time_s", "time_cap_min", "seed",
@@ -42,14 +42,14 @@ CODE_FILE = r"code/(slowrun/)?\w+\.py"
 RUN_FILE = r"config\.json|result\.json|log\.txt|metrics\.jsonl|curve\.png"
 CHAIN_FILE = r"chains/chain_\d+/(ledger\.json|log\.txt|metrics\.jsonl|curve\.png)"
 WEIGHTS_FILE = r"final/members\.json|((chains/chain_\d+/)?final|scores)/\w+\.safetensors"
-# result_*.json: what --select-only and --add-chains leave beside the result
+# result_*.json: left beside the result by --select-only and --add-chains
 RUN_FOLDER = re.compile(rf"{CODE_FILE}|{RUN_FILE}|result_\w+\.json|{CHAIN_FILE}|{WEIGHTS_FILE}")
 SUBMITTED_FOLDER = re.compile(
     rf"README\.md|{CODE_FILE}|seed-\d+/({RUN_FILE}|{CHAIN_FILE}|(chains/chain_\d+/)?metrics\.jsonl\.gz)"
 )
-# Of Weights & Biases, of a run that was resumed by its own copy of the script, of one that failed before it was resumed
-# and of one that was profiled
-LEFT_ALONE = re.compile(
+# Written by Weights & Biases, by a run resumed by its own copy of the script, by one that met non-finite losses before
+# it was resumed, and by the profiler
+IGNORED_FILES = re.compile(
     r"wandb/|code/(slowrun/)?__pycache__/|"
     r"(chains/chain_\d+/)?(non_finite(_rank_\d+)?\.pt|profile_\d+-\d+\.(json\.gz|txt))$"
 )
@@ -61,13 +61,13 @@ PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".npz", ".ckpt", ".
 
 
 def check_files(check: Check, root: Path, allowed: re.Pattern) -> str:
-    """Only files of the kinds that a folder has, none of which leads out of it or can be executed."""
+    """The folder has only files of the allowed kinds; none leads out of it, and only scripts may be executable."""
     names, others, size = [], set(), {"code": 0, "all": 0}
     for path in sorted(root.rglob("*")):
         name, info = path.relative_to(root).as_posix(), path.lstat()
         if stat.S_ISDIR(info.st_mode):
             continue
-        if allowed is RUN_FOLDER and (left := LEFT_ALONE.match(name)):
+        if allowed is RUN_FOLDER and (left := IGNORED_FILES.match(name)):
             others.add(left[0])
             continue
         names.append(name)
@@ -95,12 +95,12 @@ def check_files(check: Check, root: Path, allowed: re.Pattern) -> str:
 
 
 def submitted_mb(root: Path) -> int:
-    """MB that a submitted folder may have: so many, and as many for each chain of the unlimited track."""
+    """MB allowed in a submitted folder: SUBMITTED_MB, and as much again for each chain of the unlimited track."""
     return SUBMITTED_MB * (1 + len(list(root.glob("seed-*/chains/*"))))
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether it begins as the format does: the length of a JSON header, and the header."""
+    """Whether the file begins like safetensors: the length of a JSON header, then the header."""
     with open(path, "rb") as file:
         length, brace = int.from_bytes(file.read(8), "little"), file.read(1)
     return brace == b"{" and 8 + length <= path.stat().st_size
@@ -111,8 +111,8 @@ def is_safetensors(path: Path) -> bool:
 # ======================================================================================================================
 
 
-def check_completeness(check: Check, run: Folder, judge: Judge) -> str:
-    """The run is finished, says all that it must, and scored all targets."""
+def check_completeness(check: Check, run: Folder, judgement: Judgement) -> str:
+    """The run finished, its two JSON files are complete and agree, and it scored every target."""
     saved, result = run.saved, run.result
     lacking = [k for k in CONFIG_KEYS if k not in saved] + [k for k in RESULT_KEYS if k not in result]
     check.need(not lacking, f"config.json or result.json lacks {', '.join(lacking)}")
@@ -144,16 +144,16 @@ def check_completeness(check: Check, run: Folder, judge: Judge) -> str:
     return f"finished after {result['steps']:,} steps, {result['val_tokens']:,} validation targets"
 
 
-def check_eligibility(check: Check, run: Folder, judge: Judge) -> str:
-    """What the run says of its eligibility follows from the facts, and a record is eligible."""
+def check_eligibility(check: Check, run: Folder, judgement: Judgement) -> str:
+    """The eligibility that the run claims follows from its result, and a record is eligible."""
     claimed, because = run.result["eligible"], run.result["not_eligible_because"]
     reasons = rules.reasons_not_eligible(run.track, run.result)
     declared = run.result.get("as_declared", True)  # of the unlimited track
     check.need(isinstance(declared, bool), f"as_declared is {declared!r}, not true or false")
-    said = "; ".join(reasons) or "nothing is against it"
-    check.need(claimed is (not reasons), f"eligible is {claimed}, but: {said}")
+    text = "; ".join(reasons) or "nothing is against it"
+    check.need(claimed is (not reasons), f"eligible is {claimed}, but: {text}")
     check.need(bool(because) is not claimed, f"eligible is {claimed}, not_eligible_because is {because}")
-    check.record_needs(not reasons, f"not eligible as a record: {said}")
+    check.record_needs(not reasons, f"not eligible as a record: {text}")
     return "it is eligible" if not reasons else "it says itself that it is not"
 
 
@@ -163,7 +163,7 @@ def check_eligibility(check: Check, run: Folder, judge: Judge) -> str:
 
 
 def config_defaults(code: Path) -> dict:
-    """Fields and defaults of Config and its bases in code/ and code/slowrun/, from the text: nothing is executed."""
+    """Fields and defaults of Config and its bases, parsed from code/ and code/slowrun/: nothing is executed."""
     classes: dict[str, list[ast.ClassDef]] = {}
     for path in sorted([*code.glob("*.py"), *code.glob("slowrun/*.py")]):
         for node in ast.parse(path.read_text()).body:
@@ -187,30 +187,29 @@ def config_defaults(code: Path) -> dict:
     return fields("Config")
 
 
-def check_code(check: Check, run: Folder, judge: Judge) -> str:
-    """The code is the one that ran, and the config is that of its defaults but for harmless overrides."""
+def check_code(check: Check, run: Folder, judgement: Judgement) -> str:
+    """code/ is what ran, and the config is its defaults but for overrides that a record may have."""
     saved, found = run.saved, code_sha256(run.code)
-    for name, said in (("config.json", saved["code_sha256"]), ("result.json", run.result["code_sha256"])):
-        check.need(said == found, f"the SHA-256 of code/ is {found[:12]}..., {name} says {said[:12]}...")
+    for name, claim in (("config.json", saved["code_sha256"]), ("result.json", run.result["code_sha256"])):
+        check.need(claim == found, f"the SHA-256 of code/ is {found[:12]}..., {name} says {claim[:12]}...")
     defaults, config = config_defaults(run.code), run.config
     odd = sorted(defaults.keys() ^ config.keys())
     check.need(not odd, f"fields that only the code or only config.json has: {', '.join(odd)}")
     changed = {k: v for k, v in config.items() if k in defaults and v != defaults[k]}
-    told = saved["overrides"]
-    hidden = differing(told, changed)
+    hidden = differing(saved["overrides"], changed)
     check.need(not hidden, f"overrides are not what differs from the code's defaults: {hidden}")
-    settings = {k: v for k, v in changed.items() if k not in OF_A_RUN | KERNELS}
+    settings = {k: v for k, v in changed.items() if k not in PER_RUN_SETTINGS | MACHINE_SETTINGS}
     if check.other_data and settings:
         check.note(f"{len(settings)} settings are not the script's defaults, as a record's are: {', '.join(settings)}")
-    said = ", ".join(f"{k} {v!r} (default {defaults[k]!r})" for k, v in settings.items())
+    listed = ", ".join(f"{k} {v!r} (default {defaults[k]!r})" for k, v in settings.items())
     advice = "put them into its defaults, and run it again"
-    check.need(check.other_data or not settings, f"hyperparameters that are not in the script: {said}: {advice}")
+    check.need(check.other_data or not settings, f"hyperparameters that are not in the script: {listed}: {advice}")
     harmless = ", ".join(sorted(changed.keys() - settings.keys())) or "none"
     return f"{found[:12]}, {len(defaults)} settings as in the code, overrides: {harmless}"
 
 
-def check_instrument(check: Check, run: Folder, judge: Judge) -> str:
-    """What measured the run, code/slowrun/, is a version of this repository's history, and nothing takes its place."""
+def check_instrument(check: Check, run: Folder, judgement: Judgement) -> str:
+    """code/slowrun/, which measured the run, is a known version of slowrun/, and nothing else takes its place."""
     claims = {"config.json": run.saved.get("instrument_sha256"), "result.json": run.result.get("instrument_sha256")}
     if not any(claims.values()):
         by = "judge it with the referee of the version that made it, which had no slowrun/ yet"
@@ -232,7 +231,7 @@ def check_instrument(check: Check, run: Folder, judge: Judge) -> str:
 
 
 def unknown_instrument(package: Path, found: str) -> str:
-    """What to do about a slowrun/ that is in no entry of the list."""
+    """How an unlisted slowrun/ differs from the one here, and what to do about it."""
     text = f"code/slowrun/ ({found[:12]}...) is no version in records/instruments.json"
     changed = ", ".join(instruments.different_files(package))
     if not changed:

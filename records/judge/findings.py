@@ -1,4 +1,4 @@
-"""What checks find, and the state of a judgement."""
+"""PASS, FAIL and NOTE, the options, and the state of a judgement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORDS = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check says of a run."""
+    """One line of the output: what a check found in a run."""
 
     status: str  # PASS, FAIL or NOTE
     check: str
@@ -24,26 +24,26 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        """A line, whatever the run's files have in it."""
+        """A single line: control characters from a run's files become question marks."""
         line = f"{self.status}  {self.check:13}  {self.run}  {self.text}"
         return "".join(character if character.isprintable() else "?" for character in line)
 
 
 @dataclass
 class Check:
-    """One check under way: what fails, and what is worth saying. Nothing that fails: it passes."""
+    """A check in progress: its failures and notes. It passes if nothing failed."""
 
     other_data: bool
     fails: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def need(self, fine, text: str) -> None:
-        """A rule for all runs."""
+        """Fail unless this holds; for every run."""
         if not fine:
             self.fails.append(text)
 
     def record_needs(self, fine, text: str) -> None:
-        """A rule for records: with --other-data it is a note."""
+        """Fail unless this holds; with --other-data, only note it, as it is a rule for records."""
         if not fine:
             (self.notes if self.other_data else self.fails).append(text)
 
@@ -53,7 +53,7 @@ class Check:
 
 @dataclass
 class Options:
-    """How to judge; see the command line's help."""
+    """Options of a judgement; see the command line's help."""
 
     data: str | None = None
     other_data: bool = False
@@ -62,27 +62,27 @@ class Options:
     time_limit_min: float = 60.0
     probe_seed: int = field(default_factory=lambda: int.from_bytes(os.urandom(4), "little"))
     records_dir: Path = RECORDS
-    submission: bool = False  # also a single run is to be one
-    say: Callable[[Finding], None] = lambda finding: None  # is called with each finding at once
+    submission: bool = False  # judge even a single run as one
+    say: Callable[[Finding], None] = lambda finding: None  # called with each finding as it is made
 
 
 @dataclass
 class Scored:
-    """What was found of a run's predictions."""
+    """The scores and measurements of a run's predictions."""
 
-    scores: dict[str, Score]
-    weights: list[float]
-    measured: list[dict]
-    tolerance: float
+    scores: dict[str, Score]  # by split
+    weights: list[float]  # of members, as load_members gave them
+    measured: list[dict]  # one per callable, from the worker
+    tolerance: float  # of log-probabilities that should be the same
     notes: list[str]
-    changed: str  # files of final/
+    changed: str  # names of the files of final/ that changed during scoring
 
     def worst(self, name: str) -> float:
         return max(callable_[name] for callable_ in self.measured)
 
 
-class Judge:
-    """The state of a judgement: options, data that were read, what the worker measured, findings."""
+class Judgement:
+    """The state of a judgement: options, the data read so far, what the worker measured, findings."""
 
     def __init__(self, options: Options, submitted: Path | None = None):
         self.options, self.submitted, self.findings = options, submitted, []
@@ -91,14 +91,14 @@ class Judge:
         self.scored: dict[str, Scored] = {}
 
     def run_check(self, name: str, run: str, function: Callable[..., str], *arguments) -> None:
-        """Call function(check, ...) -> what was found, empty if only its notes say something.
+        """Call function(check, ...), which returns the text of a PASS, or "" if its notes say it all.
 
-        What it cannot find, for whatever reason, fails.
+        A check that raises, for whatever reason, fails.
         """
         check, text = Check(self.options.other_data), ""
         try:
             text = function(check, *arguments)
-        except Exception as error:  # what strangers wrote can be wrong in any way
+        except Exception as error:  # files from strangers can be wrong in any way
             check.fails.append(f"cannot be checked: {type(error).__name__}: {str(error)[:300]}")
         if check.fails or text or not check.notes:
             self.add("FAIL" if check.fails else "PASS", name, run, "; ".join(check.fails) or text)
@@ -106,7 +106,7 @@ class Judge:
             self.add("NOTE", name, run, note)
 
     def add(self, *parts: str) -> None:
-        """A finding: status, check, run, text."""
+        """Add a finding (status, check, run, text) and report it."""
         self.findings.append(Finding(*parts))
         self.options.say(self.findings[-1])
 
@@ -114,7 +114,7 @@ class Judge:
         return self.options.data or run.config["data_dir"]
 
     def data(self, run: Folder) -> dict[str, Split]:
-        """The splits that a run is judged on."""
+        """The splits that a run is judged on; read once."""
         key = (self.data_dir(run), run.config["vocab_size"], run.config["sequence_len"])
         if key not in self.loaded:
             self.loaded[key] = load_splits(*key)

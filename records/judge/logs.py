@@ -1,10 +1,10 @@
-"""Checks of what a run wrote as it trained: log.txt, and the losses in metrics.jsonl."""
+"""Checks of what a run wrote while it trained: log.txt, and the losses in metrics.jsonl."""
 
 from __future__ import annotations
 
 import re
 
-from records.judge.findings import Check, Judge
+from records.judge.findings import Check, Judgement
 from records.judge.runs import Folder, close, not_finite, number
 from slowrun.session import duration
 
@@ -14,7 +14,7 @@ RESUMED = re.compile(r" resumed at step (\d+)/| no checkpoint yet: starting from
 
 
 def printed_losses(log: list[str]) -> tuple[dict[int, float], dict[int, float]]:
-    """Training and validation losses by step, as a log says them. What a resumed run repeats counts as it was then."""
+    """Training and validation losses by step, as printed. Steps that were lost before a resume do not count."""
     steps: dict[int, float] = {}
     validations: dict[int, float] = {}
     for line in log:
@@ -30,7 +30,7 @@ def printed_losses(log: list[str]) -> tuple[dict[int, float], dict[int, float]]:
     return steps, validations
 
 
-def check_log(check: Check, run: Folder, judge: Judge) -> str:
+def check_log(check: Check, run: Folder, judgement: Judgement) -> str:
     """The logs are those of this run: its id in every line, its track, its losses."""
     track, result, lines = run.track, run.result, 0
     first = f"{run.main.run_id} NanoGPT Slowrun, {track} track"
@@ -45,15 +45,18 @@ def check_log(check: Check, run: Folder, judge: Judge) -> str:
         check.need(ids <= {part.run_id}, f"metrics.jsonl has lines of runs {ids}, not only of {part.run_id}")
     for part in run.parts:
         where = f"{part.name}/log.txt".lstrip("/")
-        printed, validated = printed_losses(part.log)
+        printed_steps, printed_validations = printed_losses(part.log)
         few = len(part.steps) < run.config["log_every"]
-        check.need(printed or few, f"{where} has no line of a step")
+        check.need(printed_steps or few, f"{where} has no line of a step")
         losses = {line["step"]: line["train_loss"] for line in part.steps}
         validations = {line["step"]: line["val_loss"] for line in part.metrics if "val_loss" in line}
-        for kind, said, known in (("training", printed, losses), ("validation", validated, validations)):
-            beyond = [step for step in said if step not in known]
+        for kind, printed, recorded in (
+            ("training", printed_steps, losses),
+            ("validation", printed_validations, validations),
+        ):
+            beyond = [step for step in printed if step not in recorded]
             check.need(not beyond, f"{where} has steps that metrics.jsonl has not ({kind}): {beyond[:5]}")
-            other = [step for step in said if step in known and not close(said[step], known[step], 1e-4)]
+            other = [s for s in printed if s in recorded and not close(printed[s], recorded[s], 1e-4)]
             check.need(not other, f"{where} has other {kind} losses than metrics.jsonl, at steps {other[:5]}")
     text, by = "\n".join(run.main.log), re.escape(f"{run.main.run_id} ")
     settings = ", ".join(f"{k} {v}" for k, v in run.saved["overrides"].items()) or "the defaults, the current record"
@@ -76,8 +79,8 @@ def check_log(check: Check, run: Folder, judge: Judge) -> str:
     return f"{lines} lines with the run's id {run.main.run_id}, losses as in metrics.jsonl"
 
 
-def check_losses(check: Check, run: Folder, judge: Judge) -> str:
-    """Every loss is finite, and the best is the best of those that were read out."""
+def check_losses(check: Check, run: Folder, judgement: Judgement) -> str:
+    """Every loss is finite, and best_val_loss is the smallest readout. The readouts agree with the metrics."""
     result, readouts, count = run.result, run.result["readouts"], 0
     for part in run.parts:
         for line in part.steps:
@@ -93,17 +96,19 @@ def check_losses(check: Check, run: Folder, judge: Judge) -> str:
     check.need(val_loss in losses.values(), f"val_loss {val_loss} is not among the readouts")
     if run.track == "unlimited":
         ledgers, recorded = [part.ledger for part in run.parts], [part.validations for part in run.parts]
-        told = [[member["val_loss"] for member in ledger["members"]] for ledger in ledgers]
+        in_ledgers = [[member["val_loss"] for member in ledger["members"]] for ledger in ledgers]
         found = [[line["val_loss"] for line in lines] for lines in recorded]
-        check.need(run.config["keep"] or told == found, "other losses of members in the ledgers than in metrics.jsonl")
+        check.need(
+            run.config["keep"] or in_ledgers == found, "other losses of members in the ledgers than in metrics.jsonl"
+        )
         recorded = {line["val_loss"] for line in run.main.metrics}
         other = [name for name, loss in losses.items() if name.startswith("mixture_of_") and loss not in recorded]
         check.need(not other, f"readouts that are not in metrics.jsonl: {', '.join(other)}")
         best_member = losses["best_member"]
-        known = [loss for losses_of_chain in told for loss in losses_of_chain]
+        known = [loss for losses_of_chain in in_ledgers for loss in losses_of_chain]
         check.need(best_member in known, f"no ledger has the loss of the best member, {best_member}")
     else:
-        told = [loss for name, loss in losses.items() if name.startswith("epoch_")]
+        claimed = [loss for name, loss in losses.items() if name.startswith("epoch_")]
         found = [line["val_loss"] for line in run.main.validations]
-        check.need(told == found, f"readouts of epochs are {told}, the validations in metrics.jsonl {found}")
+        check.need(claimed == found, f"readouts of epochs are {claimed}, the validations in metrics.jsonl {found}")
     return f"{count} training losses and {len(losses)} readouts are finite; best {best:.4f}, declared {val_loss:.4f}"

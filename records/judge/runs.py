@@ -1,4 +1,4 @@
-"""Run folders and submitted ones: their files, read when they are used, and their numbers, checked."""
+"""Run folders and submitted records, whose files are read when first used, and checks of single numbers."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from pathlib import Path
 from slowrun import rules
 from slowrun.data import sha256_file
 
-PLAIN = 500 * 10**6  # most bytes that are read of a compressed file
+MAX_UNPACKED = 500 * 10**6  # bytes read from a compressed file at most
 
 # ======================================================================================================================
 # Numbers
 # ======================================================================================================================
 
 
-def require(fine, message: str) -> None:
-    """ValueError if something is not as it must be."""
-    if not fine:
+def require(condition, message: str) -> None:
+    """Raise ValueError with this message unless the condition holds."""
+    if not condition:
         raise ValueError(message)
 
 
 def number(value) -> float:
-    """A finite number; ValueError for anything else, also true and false."""
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    require(fine, f"{value!r} is not a finite number")
+    """Return a finite number unchanged; ValueError for anything else, including true and false."""
+    is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    require(is_finite, f"{value!r} is not a finite number")
     return value
 
 
 def close(a, b, tolerance: float) -> bool:
-    """Whether two finite numbers differ by the tolerance at most."""
+    """Whether two finite numbers differ by at most the tolerance."""
     return abs(number(a) - number(b)) <= tolerance
 
 
 def differing(a: dict, b: dict) -> str:
-    """The keys whose values are not the same."""
+    """The keys whose values differ, or that only one of the two has."""
     return ", ".join(sorted(key for key in a.keys() | b.keys() if a.get(key, ...) != b.get(key, ...)))
 
 
 def not_finite(value, name: str = "") -> list[str]:
-    """Names of the numbers in a JSON value that are not finite."""
+    """The paths of the numbers in a JSON value that are not finite."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return [found for key, inner in items for found in not_finite(inner, f"{name}.{key}" if name else str(key))]
@@ -56,20 +56,21 @@ def not_finite(value, name: str = "") -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file, or of the same with .gz; ValueError if there is neither."""
+    """The lines of a text file, or of its .gz; ValueError if there is neither."""
     if path.exists():
         return path.read_text().splitlines()
     packed = path.with_name(path.name + ".gz")
     require(packed.exists(), f"{path.name} is missing")
     with gzip.open(packed) as file:
-        content = file.read(PLAIN + 1)
-    require(len(content) <= PLAIN, f"{packed.name} has more than {PLAIN / 10**6:.0f} MB when it is unpacked")
+        content = file.read(MAX_UNPACKED + 1)
+    limit = f"{MAX_UNPACKED / 10**6:.0f} MB"
+    require(len(content) <= MAX_UNPACKED, f"{packed.name} has more than {limit} when it is unpacked")
     return content.decode().splitlines()
 
 
 @dataclass
 class Part:
-    """What was trained by one loop: a run, or a chain of an unlimited one. Its log lines begin with its id."""
+    """What one training loop wrote: a run, or a chain of an unlimited run. Its log lines begin with its run id."""
 
     name: str
     path: Path
@@ -85,11 +86,11 @@ class Part:
 
     @property
     def validations(self) -> list[dict]:
-        """After the first step."""
+        """Those after the first step."""
         return [line for line in self.metrics if "val_loss" in line and line["step"] > 0]
 
     def validations_in(self, stage: dict) -> list[dict]:
-        """Those of a model with these arguments, by the values of the step before them or by their own line."""
+        """Validations whose line, or the step before it, has these values (arguments of the model)."""
         at_step = {line["step"]: line for line in self.steps}
         found = []
         for line in self.validations:
@@ -109,7 +110,7 @@ class Part:
 
 @dataclass
 class Folder:
-    """A run folder, or seed-<n>/ of a submitted one, whose code is beside it. Its files are read when they are used."""
+    """A run folder, or seed-<n>/ of a submitted record, whose code is beside it. Files are read when first used."""
 
     path: Path
     code: Path
@@ -139,7 +140,7 @@ class Folder:
 
     @property
     def official(self) -> bool:
-        """Whether it says that its data are the benchmark's."""
+        """Whether it claims that its data are the benchmark's."""
         return rules.is_official(self.result["data_sha256"])
 
     @cached_property
@@ -148,7 +149,7 @@ class Folder:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """What was trained: the run itself, or its chains."""
+        """The run itself, or its chains."""
         if self.track != "unlimited":
             return [self.main]
         names = [f"chain_{i:02d}" for i in range(self.config["chains"])]
@@ -160,7 +161,7 @@ class Folder:
 
     @cached_property
     def weights_sha256(self) -> dict[str, str]:
-        """Of the files of final/ when they were first looked at: they may be hundreds of GB."""
+        """SHA-256 of the files of final/, computed once: they may be hundreds of GB."""
         return final_hashes(self)
 
     @cached_property
@@ -169,12 +170,12 @@ class Folder:
 
 
 def final_hashes(run: Folder) -> dict[str, str]:
-    """SHA-256 of the files of final/."""
+    """SHA-256 of the files of final/ as they are now, by name."""
     return {path.name: sha256_file(path) for path in sorted((run.path / "final").iterdir())}
 
 
 def open_folders(paths: list[Path]) -> tuple[list[Folder], Path | None]:
-    """-> (Run folders, or the seeds of the submitted folder; that folder). ValueError if they cannot be judged."""
+    """-> (runs, or the seeds of a submitted record; its folder or None). ValueError if they cannot be judged."""
     for path in paths:
         require(path.is_dir(), f"{path} is not a folder: name run folders, such as runs/<name>")
         submitted = not (path / "config.json").exists() and any(path.glob("seed-*"))

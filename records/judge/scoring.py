@@ -1,4 +1,4 @@
-"""Checks of the losses: a run's members predict in a process of their own, and the losses are computed here."""
+"""Checks of weights and losses: a run's members predict in a process of their own; the losses are computed here."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import numpy as np
 import torch
 
 from records.judge.data import scored_sequences
-from records.judge.findings import Check, Judge, Scored
+from records.judge.findings import Check, Judgement, Scored
 from records.judge.runs import Folder, close, differing, final_hashes, number, require
 from slowrun.data import token_bytes
 from slowrun.scoring import EvalSet
 from slowrun.world import World
 
 WORKER = Path(__file__).resolve().with_name("worker.py")
-GPT2, BYTES = 50257, 257  # sizes of vocabularies whose bytes per token are known
+GPT2_VOCAB, BYTES_VOCAB = 50257, 257  # sizes of vocabularies whose bytes per token are known
 GPT2_BYTES_SHA256 = "fc85cec8499a3efe31f2f65fdeb29161153e365155fc4990626335c8873146ee"  # of them as int64
 MIXINGS = ("probability", "weight", "logit")
 CLAIM_TOLERANCE = 0.001  # nats, and bits per byte
 HOLDOUT_GAP = 0.1  # nats by which the holdout may be worse than the validation set
-SAME = {"low": 1e-3, "full": 1e-5}  # log-probabilities that should be the same: in bfloat16 or on a GPU, else
+# Of log-probabilities that should be the same; low: in bfloat16 or on a GPU
+PREDICTION_TOLERANCE = {"low": 1e-3, "full": 1e-5}
 
 # ======================================================================================================================
 # The worker predicts
@@ -40,10 +41,10 @@ class WorkerFailed(Exception):
 
 
 def run_worker(task: dict, time_limit_s: float) -> dict:
-    """Call records/score.py in its own process group -> what it found; the group is killed at the limit."""
+    """Run worker.py in a process group of its own -> what it found; the group is killed at the limit."""
     folder = Path(task["out"])
     (folder / "task.json").write_text(json.dumps(task))
-    options = ["-B", "-X", f"pycache_prefix={folder / 'pycache'}"]  # bytecode in the run's folder is not believed
+    options = ["-B", "-X", f"pycache_prefix={folder / 'pycache'}"]  # never read bytecode from the run's folder
     command = [sys.executable, *options, str(WORKER), str(folder / "task.json")]
     streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with open(folder / "output.txt", "wb") as output:
@@ -51,8 +52,8 @@ def run_worker(task: dict, time_limit_s: float) -> dict:
         try:
             code = process.wait(time_limit_s)
         except subprocess.TimeoutExpired:
-            said = f"it was not scored in {time_limit_s / 60:g} min: --time-limit-min allows more"
-            raise WorkerFailed(said) from None
+            text = f"it was not scored in {time_limit_s / 60:g} min: --time-limit-min allows more"
+            raise WorkerFailed(text) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -64,25 +65,25 @@ def run_worker(task: dict, time_limit_s: float) -> dict:
 
 
 def byte_lengths(check: Check, directory: str, vocab_size: int) -> torch.Tensor | None:
-    """Bytes of every token (V,), 0 for the BOS; None if they are not known. ValueError if meta.json has wrong ones."""
+    """Bytes of every token (V,), 0 for the BOS; None if unknown. ValueError if meta.json has wrong ones."""
     lengths, source = token_bytes(directory, vocab_size)
     if lengths is None:
         check.note(f"bytes per token {source}")
-    elif vocab_size == GPT2:
+    elif vocab_size == GPT2_VOCAB:
         found = hashlib.sha256(lengths.numpy().astype("<i8").tobytes()).hexdigest()
         require(found == GPT2_BYTES_SHA256, f"the bytes per token {source} are not GPT-2's")
-    elif vocab_size == BYTES:
-        expected = [1] * (BYTES - 1) + [0]
+    elif vocab_size == BYTES_VOCAB:
+        expected = [1] * (BYTES_VOCAB - 1) + [0]
         require(lengths.tolist() == expected, f"the bytes per token {source} are not those of the byte tokenizer")
     else:
         check.note(f"bytes per token {source}: this tokenizer is not known here")
     return lengths
 
 
-def score_run(run: Folder, judge: Judge) -> Scored:
-    """Have a run's members predict the validation set and the holdout. WorkerFailed says why they did not."""
-    options, splits, check = judge.options, judge.data(run), Check(judge.options.other_data)
-    lengths = byte_lengths(check, judge.data_dir(run), run.config["vocab_size"])
+def score_run(run: Folder, judgement: Judgement) -> Scored:
+    """Have a run's members predict the validation set and the holdout. WorkerFailed if they do not."""
+    options, splits, check = judgement.options, judgement.data(run), Check(judgement.options.other_data)
+    lengths = byte_lengths(check, judgement.data_dir(run), run.config["vocab_size"])
     alone = World(0, 1, torch.device("cpu"))
     sequence_len, count = run.config["sequence_len"], scored_sequences(run)
     sets = {
@@ -104,12 +105,12 @@ def score_run(run: Folder, judge: Judge) -> Scored:
         if "wrong" in found:
             raise WorkerFailed(found["wrong"])
         nats = {name: torch.from_numpy(np.load(f"{out}/{name}.npy", allow_pickle=False)) for name in sets}
-    for name, own in nats.items():
-        shape = sets[name].sequences[:, 1:].shape
-        require(own.shape == shape, f"the worker scored {tuple(own.shape)} targets of {name}, not {tuple(shape)}")
-    scores = {name: sets[name].score(own) for name, own in nats.items()}
+    for name, of_targets in nats.items():
+        found_shape, shape = of_targets.shape, sets[name].sequences[:, 1:].shape
+        require(found_shape == shape, f"the worker scored {tuple(found_shape)} targets of {name}, not {tuple(shape)}")
+    scores = {name: sets[name].score(of_targets) for name, of_targets in nats.items()}
     low = found["device"] == "cuda" or run.config["dtype"] == "bfloat16"
-    tolerance, changed = SAME["low" if low else "full"], differing(before, final_hashes(run))
+    tolerance, changed = PREDICTION_TOLERANCE["low" if low else "full"], differing(before, final_hashes(run))
     return Scored(scores, found["weights"], found["measured"], tolerance, check.notes, changed)
 
 
@@ -118,12 +119,12 @@ def score_run(run: Folder, judge: Judge) -> Scored:
 # ======================================================================================================================
 
 
-def check_weights(check: Check, run: Folder, judge: Judge) -> str:
-    """The weights are those of the result, and how they are mixed is a way to mix."""
+def check_weights(check: Check, run: Folder, judgement: Judgement) -> str:
+    """final/ is as result.json says, and its members have proper weights and a known mixing rule."""
     changed = differing(run.weights_sha256, run.result["final_sha256"])
     check.need(not changed, f"files of final/ that are not as result.json says: {changed}")
-    mixing, said = run.final["mixing"], run.result["mixing"]
-    check.need(mixing == said, f"mixing is {mixing!r} in members.json, {said!r} in result.json")
+    mixing, claim = run.final["mixing"], run.result["mixing"]
+    check.need(mixing == claim, f"mixing is {mixing!r} in members.json, {claim!r} in result.json")
     check.need(mixing in MIXINGS, f"mixing is {mixing!r}, not one of {', '.join(MIXINGS)}")
     weights = [number(member["weight"]) for member in run.members]
     check.need(min(weights) >= 0, f"weights of members are negative: {min(weights)}")
@@ -138,9 +139,9 @@ def check_weights(check: Check, run: Folder, judge: Judge) -> str:
     return f"{len(weights)} members, {mixing} averaged, files as in result.json"
 
 
-def check_score(check: Check, run: Folder, judge: Judge) -> str:
-    """The claimed loss and bits per byte are those that the members predict."""
-    scored, result = judge.scored[run.name], run.result
+def check_score(check: Check, run: Folder, judgement: Judgement) -> str:
+    """The claimed loss and bits per byte follow from what the members predict."""
+    scored, result = judgement.scored[run.name], run.result
     found = scored.scores["val"]
     check.notes += scored.notes
     expected = [1.0] if run.final["mixing"] == "weight" else [member["weight"] for member in run.members]
@@ -155,8 +156,8 @@ def check_score(check: Check, run: Folder, judge: Judge) -> str:
         counts["val_bytes"] = 0
     else:
         fits = found.bpb is not None and close(bpb, found.bpb, CLAIM_TOLERANCE)
-        how = " (it needs a meta.json beside the data, or pip install tiktoken)" if found.bpb is None else ""
-        check.need(fits, f"val_bpb {bpb} is claimed, {found.bpb} found{how} ({limit})")
+        hint = " (it needs a meta.json beside the data, or pip install tiktoken)" if found.bpb is None else ""
+        check.need(fits, f"val_bpb {bpb} is claimed, {found.bpb} found{hint} ({limit})")
     for name, count in counts.items():
         check.need(result[name] == count, f"{name} {result[name]} is claimed, {count} found")
     check.need(not scored.changed, f"the scoring changed files of final/: {scored.changed}")
@@ -164,32 +165,32 @@ def check_score(check: Check, run: Folder, judge: Judge) -> str:
     return f"val_loss {found.loss:.5f} found, {claimed:.5f} claimed, over {found.tokens:,} targets{bits}"
 
 
-def check_members(check: Check, run: Folder, judge: Judge) -> str:
-    """Members score as at their validation in training, if that was in the stage that is read out.
+def check_members(check: Check, run: Folder, judgement: Judgement) -> str:
+    """Each member has the loss of its validation in training, if that was in the stage that is read out.
 
-    What was kept then and what is read out are the same weights: nothing was trained in between.
+    So the weights kept then are the ones read out: nothing was trained in between.
     """
-    scored, stage, compared = judge.scored[run.name], run.final["stage"], 0
+    scored, stage, compared = judgement.scored[run.name], run.final["stage"], 0
     if len(scored.measured) != len(run.members):
         return f"not compared one by one: the average of {run.final['mixing']}s is what was scored"
     for member, measured in zip(run.members, scored.measured, strict=True):
-        known = [member["val_loss"]] if "val_loss" in member else []  # of the unlimited track, as in its ledgers
+        known = [member["val_loss"]] if "val_loss" in member else []  # on the unlimited track, from its ledgers
         for line in run.main.validations_in(stage):
             if line["step"] == member["step"] and member["file"].startswith("epoch_"):
                 known.append(line["val_loss"])
         compared += bool(known)
         fits = all(close(loss, measured["loss"], CLAIM_TOLERANCE) for loss in known)
-        said = f"{member['file']} has the loss {measured['loss']:.5f}, at its validation it had {known[-1:]}"
-        check.need(fits, f"{said} (at most {CLAIM_TOLERANCE} apart)")
+        text = f"{member['file']} has the loss {measured['loss']:.5f}, at its validation it had {known[-1:]}"
+        check.need(fits, f"{text} (at most {CLAIM_TOLERANCE} apart)")
     return f"{compared} of {len(run.members)} were validated in the stage that is read out, with the same losses"
 
 
-def check_holdout(check: Check, run: Folder, judge: Judge) -> str:
-    """The holdout, which nothing was chosen by, is predicted about as well as the validation set."""
-    scores, claimed = judge.scored[run.name].scores, run.result["holdout_loss"]
+def check_holdout(check: Check, run: Folder, judgement: Judgement) -> str:
+    """The holdout, by which nothing was chosen, is predicted about as well as the validation set."""
+    scores, claimed = judgement.scored[run.name].scores, run.result["holdout_loss"]
     if "holdout" not in scores:
-        said = "" if claimed is None else f"; the claim of {claimed} was not checked"
-        check.note(f"{judge.data_dir(run)} has no holdout{said}")
+        unchecked = "" if claimed is None else f"; the claim of {claimed} was not checked"
+        check.note(f"{judgement.data_dir(run)} has no holdout{unchecked}")
         return ""
     found, gap = scores["holdout"].loss, scores["holdout"].loss - scores["val"].loss
     check.need(gap <= HOLDOUT_GAP, f"{found:.4f}, {gap:.4f} nats above val: at most {HOLDOUT_GAP} is needed")
