@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from records.judge.findings import Check, Judgement
-from records.judge.runs import Folder, close, not_finite, number
+from records.judge.runs import Folder, Part, close, not_finite, number
 from slowrun.session import duration
 
 STEP_LINE = re.compile(r"step (\d+)/\d+ \| train (\S+) ")
@@ -31,11 +31,19 @@ def printed_losses(log: list[str]) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def check_log(check: Check, run: Folder, judgement: Judgement) -> str:
-    """The logs are those of this run: its id in every line, its track, its losses."""
-    track, result, lines = run.track, run.result, 0
-    first = f"{run.main.run_id} NanoGPT Slowrun, {track} track"
-    begins = [line for line in run.main.log if " NanoGPT Slowrun, " in line]
-    check.need(set(begins) == {first}, f"log.txt has the headers {sorted(set(begins))}, not {first!r} alone")
+    """The logs are those of this run: its id in every line, its track, its losses, its results."""
+    lines = check_log_lines(check, run)
+    for part in run.parts:
+        check_printed_losses(check, part, run.config["log_every"])
+    check_printed_results(check, run)
+    return f"{lines} lines with the run's id {run.main.run_id}, losses as in metrics.jsonl"
+
+
+def check_log_lines(check: Check, run: Folder) -> int:
+    """Every line carries the run's id, and the only header is its own -> how many lines there are."""
+    header, lines = f"{run.main.run_id} NanoGPT Slowrun, {run.track} track", 0
+    headers = {line for line in run.main.log if " NanoGPT Slowrun, " in line}
+    check.need(headers == {header}, f"log.txt has the headers {sorted(headers)}, not {header!r} alone")
     for part in [run.main, *(part for part in run.parts if part is not run.main)]:
         where = f"{part.name}/log.txt".lstrip("/")
         lines += len(part.log)
@@ -43,21 +51,29 @@ def check_log(check: Check, run: Folder, judgement: Judgement) -> str:
         check.need(not others, f"{len(others)} lines of {where} are not of run {part.run_id}: {others[:1]}")
         ids = {line.get("run") for line in part.metrics}
         check.need(ids <= {part.run_id}, f"metrics.jsonl has lines of runs {ids}, not only of {part.run_id}")
-    for part in run.parts:
-        where = f"{part.name}/log.txt".lstrip("/")
-        printed_steps, printed_validations = printed_losses(part.log)
-        few = len(part.steps) < run.config["log_every"]
-        check.need(printed_steps or few, f"{where} has no line of a step")
-        losses = {line["step"]: line["train_loss"] for line in part.steps}
-        validations = {line["step"]: line["val_loss"] for line in part.metrics if "val_loss" in line}
-        for kind, printed, recorded in (
-            ("training", printed_steps, losses),
-            ("validation", printed_validations, validations),
-        ):
-            beyond = [step for step in printed if step not in recorded]
-            check.need(not beyond, f"{where} has steps that metrics.jsonl has not ({kind}): {beyond[:5]}")
-            other = [s for s in printed if s in recorded and not close(printed[s], recorded[s], 1e-4)]
-            check.need(not other, f"{where} has other {kind} losses than metrics.jsonl, at steps {other[:5]}")
+    return lines
+
+
+def check_printed_losses(check: Check, part: Part, log_every: int) -> None:
+    """The losses that a run or a chain printed are those in its metrics."""
+    where = f"{part.name}/log.txt".lstrip("/")
+    steps, validations = printed_losses(part.log)
+    check.need(steps or len(part.steps) < log_every, f"{where} has no line of a step")
+    step_metrics = {line["step"]: line["train_loss"] for line in part.steps}
+    validation_metrics = {line["step"]: line["val_loss"] for line in part.metrics if "val_loss" in line}
+    for kind, printed, recorded in (
+        ("training", steps, step_metrics),
+        ("validation", validations, validation_metrics),
+    ):
+        beyond = [step for step in printed if step not in recorded]
+        check.need(not beyond, f"{where} has steps that metrics.jsonl has not ({kind}): {beyond[:5]}")
+        other = [step for step in printed if step in recorded and not close(printed[step], recorded[step], 1e-4)]
+        check.need(not other, f"{where} has other {kind} losses than metrics.jsonl, at steps {other[:5]}")
+
+
+def check_printed_results(check: Check, run: Folder) -> None:
+    """The log prints the settings, devices and results that config.json and result.json have."""
+    track, result = run.track, run.result
     text, by = "\n".join(run.main.log), re.escape(f"{run.main.run_id} ")
     settings = ", ".join(f"{k} {v}" for k, v in run.saved["overrides"].items()) or "the defaults, the current record"
     ended = rf"(finished|stopped by \w+) after {result['steps']:,} steps"
@@ -76,7 +92,6 @@ def check_log(check: Check, run: Folder, judgement: Judgement) -> str:
         claims[rf"^{by} +{loss:.4f}  {re.escape(name)}$"] = f"its readout {name}"
     for pattern, what in claims.items():
         check.need(re.search(pattern, text, re.MULTILINE), f"log.txt does not say {what}, as result.json does")
-    return f"{lines} lines with the run's id {run.main.run_id}, losses as in metrics.jsonl"
 
 
 def check_losses(check: Check, run: Folder, judgement: Judgement) -> str:
@@ -98,9 +113,8 @@ def check_losses(check: Check, run: Folder, judgement: Judgement) -> str:
         ledgers, recorded = [part.ledger for part in run.parts], [part.validations for part in run.parts]
         in_ledgers = [[member["val_loss"] for member in ledger["members"]] for ledger in ledgers]
         found = [[line["val_loss"] for line in lines] for lines in recorded]
-        check.need(
-            run.config["keep"] or in_ledgers == found, "other losses of members in the ledgers than in metrics.jsonl"
-        )
+        agree = run.config["keep"] or in_ledgers == found
+        check.need(agree, "other losses of members in the ledgers than in metrics.jsonl")
         recorded = {line["val_loss"] for line in run.main.metrics}
         other = [name for name, loss in losses.items() if name.startswith("mixture_of_") and loss not in recorded]
         check.need(not other, f"readouts that are not in metrics.jsonl: {', '.join(other)}")

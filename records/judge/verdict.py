@@ -47,25 +47,30 @@ def judge_run(run: Folder, judgement: Judgement) -> None:
         resume = f"resume it with its script's --resume {run.path}"
         advice = "copy it from the run folder" if judgement.submitted else resume
         text = f"it has no result.json, as it has not finished: {advice}"
-        return judgement.add("FAIL", "completeness", run.name, text)
+        judgement.add("FAIL", "completeness", run.name, text)
+        return
     if judgement.submitted is None:
         judgement.run_check("files", run.name, files.check_files, run.path, files.RUN_FOLDER)
     for name, function in STATIC_CHECKS if judgement.options.static else STATIC_CHECKS + DATA_CHECKS:
         judgement.run_check(name, run.name, function, run, judgement)
     if judgement.options.static:
-        return None
+        return
+    failure = try_to_score(run, judgement)
+    for name, function in SCORE_CHECKS:
+        if failure is None:
+            judgement.run_check(name, run.name, function, run, judgement)
+        else:
+            judgement.add("FAIL", name, run.name, f"cannot be checked, as the run is not scored: {failure}")
+
+
+def try_to_score(run: Folder, judgement: Judgement) -> str | None:
+    """Score a run's members -> why that failed, None if it did not."""
     try:
         judgement.scored[run.name] = scoring.score_run(run, judgement)
-    except Exception as error:  # every check that needs the scores fails
-        reason = (
-            str(error) if isinstance(error, scoring.WorkerFailed) else f"{type(error).__name__}: {str(error)[:300]}"
-        )
-        text = f"cannot be checked, as the run is not scored: {reason}"
-        for name, _ in SCORE_CHECKS:
-            judgement.add("FAIL", name, run.name, text)
-        return None
-    for name, function in SCORE_CHECKS:
-        judgement.run_check(name, run.name, function, run, judgement)
+    except scoring.WorkerFailed as error:
+        return str(error)
+    except Exception as error:  # a stranger's code and files can be wrong in any way
+        return f"{type(error).__name__}: {str(error)[:300]}"
     return None
 
 
