@@ -55,7 +55,7 @@ def known_versions() -> dict[str, dict]:
 
 
 def add(change: str) -> str:
-    """Append slowrun/ as it is here -> its hash. ValueError if the list has it, or if nothing says what changed."""
+    """Append slowrun/ as it is here -> its hash. ValueError if the list has it, or if the change is not described."""
     found = instrument_sha256()
     if found in known_versions():
         raise ValueError(f"{LIST} has slowrun/ as it is here already ({found[:12]}...): there is nothing to add")
@@ -72,10 +72,10 @@ def add(change: str) -> str:
 
 
 def copy_problems(code: Path) -> list[str]:
-    """What is wrong with slowrun/ in a run's code/, apart from what its files say; empty if nothing is.
+    """What is wrong with slowrun/ in a run's code/, apart from the content of its files; empty if nothing is.
 
-    It must hold modules alone, without folders, and nothing else in code/ may be imported in its place, nor in place of
-    a module of Python or of an installed package.
+    It must hold modules only, and nothing else in code/ may be imported in its place, or in place of a module of Python
+    or of an installed package.
     """
     package = code / PACKAGE.name
     if not package.is_dir():

@@ -24,7 +24,8 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from records import draw
-from records.referee import FIRST_SEED, require
+from records.judge.runs import require
+from records.judge.submission import FIRST_SEED
 from slowrun.config import settings_files
 from slowrun.data import read_json
 from slowrun.folder import write_atomically

@@ -1,10 +1,10 @@
-"""Makes a record from run folders, if the referee finds nothing against them.
+"""Makes a record from run folders, unless the referee refuses them.
 
     python records/submit.py runs/a runs/b runs/c --title "Meta-gradient" --by name,name --description change.md
 
-Judges the runs as one submission, writes records/<track>/<number>-<title>/ (code, and what each run wrote, without
-weights), adds it to records/<track>/records.json, and says what to do next. All or nothing: a refused or interrupted
-submission leaves nothing behind. Exit code: 0 made, 1 the referee refuses it, 2 it cannot be called like that.
+Judges the runs as one submission, writes records/<track>/<number>-<title>/ (the code, and what each run wrote, without
+weights), adds it to records/<track>/records.json, and prints the next step. All or nothing: a refused or interrupted
+submission leaves nothing behind. Exit code: 0 made, 1 the referee refuses it, 2 the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from records import referee  # noqa: E402
+from records.judge.files import PER_RUN_SETTINGS, submitted_mb  # noqa: E402
+from records.judge.findings import RECORDS, Judgement, Options  # noqa: E402
+from records.judge.runs import Folder, open_folders, require  # noqa: E402
+from records.judge.verdict import judge_folders, report, verdict  # noqa: E402
 from records.leaderboard import table  # noqa: E402
-from records.referee import Folder, Judge, Options, require  # noqa: E402
+from records.referee import add_options  # noqa: E402
 from slowrun.data import read_json  # noqa: E402
 from slowrun.folder import write_json  # noqa: E402
 
@@ -35,7 +38,7 @@ CHAIN_FILES = ("ledger.json", "metrics.jsonl", "log.txt", "curve.png")
 
 
 def read_list(path: Path, other_data: bool) -> dict:
-    """The track's list of records; an empty one where other data have none yet. ValueError if it is not there."""
+    """The track's list of records; a new one for other data that have none yet. ValueError if it is missing."""
     if not path.exists() and other_data:
         return {"source": "runs on other data", "records": []}
     require(path.exists(), f"{path} not found: --records-dir names the folder with the lists")
@@ -43,24 +46,24 @@ def read_list(path: Path, other_data: bool) -> dict:
 
 
 def slug(title: str) -> str:
-    """A title as the name of a folder."""
+    """The title as part of a folder's name."""
     words = "-".join(re.findall(r"[a-z0-9]+", title.lower()))[:48].strip("-")
     require(words, f"--title {title!r} has no letter or digit")
     return words
 
 
 def settings_flags(run: Folder) -> str:
-    """The flags of a run whose settings are not those of its script, as a record's are."""
+    """The flags that repeat a run's overrides; none for a record, whose settings are its script's defaults."""
     flags = []
     for name, value in run.saved["overrides"].items():
         flag = name.replace("_", "-")
-        if name not in referee.OF_A_RUN:
+        if name not in PER_RUN_SETTINGS:
             flags.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
     return "".join(f" {shlex.quote(flag)}" for flag in flags)
 
 
 def readme(entry: dict, runs: list[Folder], description: str, finding: str, records_dir: Path) -> str:
-    """README.md of a submitted folder."""
+    """The README.md of a submitted folder."""
     results = [run.result for run in runs]
     head = ["seed", "val_loss", "best", "holdout", "minutes", "run"]
     rows = []
@@ -90,13 +93,13 @@ def readme(entry: dict, runs: list[Folder], description: str, finding: str, reco
 
 
 def pack(path: Path) -> None:
-    """Replace a file by file.gz, the same bytes for the same content."""
+    """Replace a file with its .gz, whose bytes depend on the content alone."""
     path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
     path.unlink()
 
 
 def copy_code(code: Path, target: Path) -> None:
-    """The script and its slowrun/, as they ran."""
+    """Copy the script and its slowrun/ as they ran."""
     for folder in (code, code / "slowrun"):
         copied = target / folder.relative_to(code)
         copied.mkdir(parents=True)
@@ -105,7 +108,7 @@ def copy_code(code: Path, target: Path) -> None:
 
 
 def copy_run(run: Folder, folder: Path) -> None:
-    """What a run wrote, without weights; the metrics of chains packed."""
+    """Copy what a run wrote, without weights; the metrics of chains are packed."""
     parts = [(run.path, folder, FILES)]
     if run.track == "unlimited":
         parts += [(part.path, folder / "chains" / part.name, CHAIN_FILES) for part in run.parts]
@@ -119,11 +122,11 @@ def copy_run(run: Folder, folder: Path) -> None:
 
 
 def shrink(folder: Path) -> None:
-    """Bring a folder under its limit: pack the metrics, then drop the curves, which can be drawn from them."""
+    """Bring a folder under its size limit: pack the metrics, then drop the curves, which can be drawn from them."""
 
     def too_large() -> bool:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        return size > referee.submitted_mb(folder) * 1e6
+        return size > submitted_mb(folder) * 1e6
 
     for pattern, change in (("metrics.jsonl", pack), ("curve.png", Path.unlink)):
         if too_large():
@@ -152,8 +155,8 @@ def make_entry(runs: list[Folder], number: int, folder: str, title: str, by: str
     }
 
 
-def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed: dict, options: Options) -> Judge:
-    """Make the folder and add it to the list -> what the referee finds of it; if something fails, nothing is left."""
+def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed: dict, options: Options) -> Judgement:
+    """Make the folder and list it -> the referee's judgement of it. If anything fails, nothing is left behind."""
     with tempfile.TemporaryDirectory(prefix=".submission-", dir=path.parent) as temporary:
         folder, final = Path(temporary) / entry["folder"], path.parent / entry["folder"]
         copy_code(runs[0].code, folder / "code")
@@ -161,9 +164,9 @@ def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed:
             copy_run(run, folder / f"seed-{run.config['seed']}")
         (folder / "README.md").write_text(text)
         shrink(folder)
-        judge = referee.judge_folders([folder], options)
-        if not referee.report(judge)["ok"]:
-            return judge
+        judgement = judge_folders([folder], options)
+        if not report(judgement)["ok"]:
+            return judgement
         require(not final.exists(), f"{final} exists, but {path} does not list it: move it away")
         folder.rename(final)
         try:
@@ -171,7 +174,7 @@ def write_record(entry: dict, runs: list[Folder], text: str, path: Path, listed:
         except BaseException:
             shutil.rmtree(final)
             raise
-    return judge
+    return judgement
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -181,36 +184,36 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--title", required=True, help="what is new, in a few words")
     parser.add_argument("--by", default="", metavar="NAME,NAME", help="contributors")
     parser.add_argument("--description", type=Path, metavar="FILE", help="Markdown text for the README")
-    referee.add_options(parser)
+    add_options(parser)
     return parser.parse_args(argv)
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """Judge, and write what is not refused -> the exit code. ValueError if it cannot be tried."""
+    """Judge the runs and make the record unless it is refused -> the exit code. ValueError if they cannot be judged."""
     options = {name: getattr(arguments, name) for name in ("data", "other_data", "device", "time_limit_min")}
     options = Options(**options, records_dir=arguments.records_dir, submission=True, say=partial(print, flush=True))
-    elsewhere = arguments.records_dir.resolve() != referee.RECORDS
-    said = "--other-data needs a --records-dir of its own: the repository lists results on FineWeb only"
-    require(elsewhere or not arguments.other_data, said)
+    elsewhere = arguments.records_dir.resolve() != RECORDS
+    text = "--other-data needs a --records-dir of its own: the repository lists results on FineWeb only"
+    require(elsewhere or not arguments.other_data, text)
     description = arguments.description.read_text() if arguments.description else ""
-    runs, submitted = referee.open_folders(arguments.folders)
+    runs, submitted = open_folders(arguments.folders)
     require(submitted is None, f"{submitted} is a submitted record already: name run folders")
     path = arguments.records_dir / runs[0].track / "records.json"
     listed = read_list(path, arguments.other_data)
     number = 1 + max((entry["number"] for entry in listed["records"]), default=0)
     folder = path.parent / f"{number:02d}-{slug(arguments.title)}"
     print("The runs:", flush=True)
-    judge = referee.judge_folders(arguments.folders, options)
-    if referee.report(judge)["ok"]:
+    judgement = judge_folders(arguments.folders, options)
+    if report(judgement)["ok"]:
         print(f"\nThe folder that is to be {folder}:", flush=True)
         runs.sort(key=lambda run: run.config["seed"])
         entry = make_entry(runs, number, folder.name, arguments.title, arguments.by)
-        significance = next(f.text for f in judge.findings[::-1] if f.check == "significance")
+        significance = next(f.text for f in judgement.findings[::-1] if f.check == "significance")
         text = readme(entry, runs, description, significance, arguments.records_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
-        judge = write_record(entry, runs, text, path, listed, options)
-    if not referee.report(judge)["ok"]:
-        print(f"verdict: {referee.verdict(judge)}; nothing was written")
+        judgement = write_record(entry, runs, text, path, listed, options)
+    if not report(judgement)["ok"]:
+        print(f"verdict: {verdict(judgement)}; nothing was written")
         return 1
     print(f"\n{folder} made: val_loss {entry['val_loss']:.5f}, number {entry['number']} of {path}")
     if arguments.other_data:

@@ -16,7 +16,11 @@ import pytest
 import torch
 from conftest import SMALL, TRACKS, UNLIMITED, flags
 
-from records import instruments, referee, score
+from records import instruments, referee
+from records.judge import scoring, worker
+from records.judge.files import MACHINE_SETTINGS, PER_RUN_SETTINGS
+from records.judge.findings import Judgement, Options
+from records.judge.runs import Folder, open_folders
 from slowrun import rules
 from slowrun.data import sha256_file
 from slowrun.folder import code_sha256, instrument_sha256, write_json
@@ -127,15 +131,15 @@ class Case:
 
     def claim_what_it_scores(self) -> None:
         """Claim the losses that the run's own members give."""
-        judge = referee.Judge(referee.Options(other_data=True, probe_seed=1))
-        (run,), _ = referee.open_folders([self.path])
-        scored = referee.score_run(run, judge)
+        judgement = Judgement(Options(other_data=True, probe_seed=1))
+        (run,), _ = open_folders([self.path])
+        scored = scoring.score_run(run, judgement)
         self.validate_as(run, [measured["loss"] for measured in scored.measured])
         for split, found in scored.scores.items():
             counts = {"val_tokens": found.tokens, "val_bytes": found.bytes} if split == "val" else {}
             self.claim(split, found.loss, **{f"{split}_bpb": found.bpb}, **counts)
 
-    def validate_as(self, run: referee.Folder, losses: list[float]) -> None:
+    def validate_as(self, run: Folder, losses: list[float]) -> None:
         """Let the validations in training be of members with these losses."""
         lines, readouts = self.metrics(), self.read("result.json")["readouts"]
         in_stage = run.main.validations_in(run.final["stage"])
@@ -191,7 +195,7 @@ def judge(capsys, *paths: Path | Case, options: list[str] | None = None) -> Foun
 def as_defaults(case: Case) -> None:
     """Put a run's settings into its script, as a record has them."""
     saved = case.read("config.json")
-    settings = {k: v for k, v in saved["overrides"].items() if k not in referee.OF_A_RUN | referee.KERNELS}
+    settings = {k: v for k, v in saved["overrides"].items() if k not in PER_RUN_SETTINGS | MACHINE_SETTINGS}
     for name, value in settings.items():
         case.replace(rf"^(    {name}: .*? = )[^#]*?(  #.*)?$", rf"\g<1>{value!r}\g<2>", "code/train.py")
     case.edit("config.json", overrides={k: v for k, v in saved["overrides"].items() if k not in settings})
@@ -214,8 +218,8 @@ def make_record(case: Case, monkeypatch) -> None:
 
 
 def in_this_process(task: dict, time_limit_s: float) -> dict:
-    """In place of referee.run_worker."""
-    return score.run(task)
+    """In place of scoring.run_worker."""
+    return worker.run(task)
 
 
 def with_val_document(data_dir: Path, folder: Path) -> str:

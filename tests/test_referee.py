@@ -25,7 +25,12 @@ from judging import (
 )
 from safetensors.torch import load_file, save_file
 
-from records import overlap, referee, score
+from records import referee
+from records.judge import files, overlap, scoring, verdict, worker
+from records.judge.clock import planned_tokens
+from records.judge.data import official_sequences
+from records.judge.findings import Check, Judgement, Options
+from records.judge.runs import open_folders
 from slowrun import rules
 from slowrun.data import sha256_file
 from slowrun.folder import instrument_sha256, write_json
@@ -56,7 +61,7 @@ def case(copy) -> Case:
 @pytest.fixture
 def in_process(monkeypatch):
     """Scores without another process."""
-    monkeypatch.setattr(referee, "run_worker", in_this_process)
+    monkeypatch.setattr(scoring, "run_worker", in_this_process)
 
 
 STATIC = ["--other-data", "--static"]
@@ -79,7 +84,7 @@ def test_honest_runs_are_accepted(honest, track, capsys, in_process):
     modules = {name: sys.modules.get(name) for name in own}
     found = judge(capsys, run)
     assert found.fails == {} and found.exit_code == 0 and "NOT A RECORD" in found.verdict
-    checks = [*referee.STATIC_CHECKS, *referee.DATA_CHECKS, *referee.SCORE_CHECKS]
+    checks = [*verdict.STATIC_CHECKS, *verdict.DATA_CHECKS, *verdict.SCORE_CHECKS]
     assert found.texts("PASS").keys() == {"files", *(name for name, _ in checks)}
     assert "no record on these data to compare with" in found.texts("NOTE")["significance"]
     assert {name: sys.modules.get(name) for name in own} == modules
@@ -318,7 +323,7 @@ def test_a_claim_that_is_a_little_too_good_does_not_count(case, capsys, in_proce
 def test_wrong_outputs_are_named(case, capsys, in_process):
     case.append_code("def changed(log_probs):\n    return lambda tokens: log_probs(tokens).double()\n" + WRAP)
     found = judge(capsys, case)
-    assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
+    assert found.fails.keys() == {name for name, _ in verdict.SCORE_CHECKS}
     assert "returned torch.float64 (32, 32, 97), not torch.float32 (32, 32, 97)" in found.fails["probabilities"]
 
 
@@ -372,14 +377,14 @@ def test_wrong_byte_counts(case, capsys, in_process):
 
 
 def test_known_tokenizers_have_known_bytes(tmp_path, gpt2):
-    check = referee.Check(other_data=False)
+    check = Check(other_data=False)
     meta = {"source": "", "tokenizer": "", "splits": {}}
-    for size, lengths in ((referee.GPT2, gpt2.token_bytes()), (referee.BYTES, [1] * 256 + [0])):
+    for size, lengths in ((scoring.GPT2_VOCAB, gpt2.token_bytes()), (scoring.BYTES_VOCAB, [1] * 256 + [0])):
         write_json(tmp_path / "meta.json", meta | {"vocab_size": size, "token_bytes": lengths})
-        assert referee.byte_lengths(check, str(tmp_path), size).tolist() == lengths
+        assert scoring.byte_lengths(check, str(tmp_path), size).tolist() == lengths
         write_json(tmp_path / "meta.json", meta | {"vocab_size": size, "token_bytes": [2, *lengths[1:]]})
         with pytest.raises(ValueError, match=r"bytes per token from meta\.json are not"):
-            referee.byte_lengths(check, str(tmp_path), size)
+            scoring.byte_lengths(check, str(tmp_path), size)
     assert check.notes == []
 
 
@@ -596,11 +601,11 @@ def test_a_tampered_result(case, capsys, changes, check):
 
 def test_a_result_that_lacks_something(case, capsys):
     result = case.read("result.json")
-    for name in referee.RESULT_KEYS:
+    for name in files.RESULT_KEYS:
         write_json(case.path / "result.json", {k: v for k, v in result.items() if k != name})
-        (run,), _ = referee.open_folders([case.path])
-        judgement = referee.Judge(referee.Options(other_data=True))
-        judgement.run_check("completeness", "run", referee.check_completeness, run, judgement)
+        (run,), _ = open_folders([case.path])
+        judgement = Judgement(Options(other_data=True))
+        judgement.run_check("completeness", "run", files.check_completeness, run, judgement)
         assert judgement.findings[0].status == "FAIL" and name in judgement.findings[0].text
     (case.path / "result.json").unlink()
     found = fails_static(capsys, case)
@@ -633,9 +638,9 @@ def test_weights_of_members_and_how_they_are_mixed(case, capsys, in_process):
 
     def said() -> str:
         case.sign_final()
-        (run,), _ = referee.open_folders([case.path])
-        judgement = referee.Judge(referee.Options(other_data=True))
-        judgement.run_check("weights", "run", referee.check_weights, run, judgement)
+        (run,), _ = open_folders([case.path])
+        judgement = Judgement(Options(other_data=True))
+        judgement.run_check("weights", "run", scoring.check_weights, run, judgement)
         (finding,) = judgement.findings
         return f"{finding.status} {finding.text}"
 
@@ -747,7 +752,7 @@ def test_code_without_its_instrument(case, capsys, in_process, checkout):
     """That of a checkout around it, which its script would find, does not take its place."""
     (case.path / "code" / "slowrun").rename(case.path.parent / ("slowrun" if checkout else "kept"))
     found = judge(capsys, case)
-    assert found.fails.keys() == {"code", "instrument", *(name for name, _ in referee.SCORE_CHECKS)}
+    assert found.fails.keys() == {"code", "instrument", *(name for name, _ in verdict.SCORE_CHECKS)}
     assert "code/ has no slowrun/" in found.fails["instrument"] and "code/ has no slowrun/" in found.fails["score"]
 
 
@@ -755,7 +760,7 @@ def test_a_script_that_finds_another_instrument(case, capsys, in_process):
     case.replace(r"^sys\.path\.insert\(0, .*$", f"sys.path.insert(0, {str(ROOT)!r})", "code/train.py")
     case.sign_code()
     found = judge(capsys, case)
-    assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
+    assert found.fails.keys() == {name for name, _ in verdict.SCORE_CHECKS}
     assert f"from {ROOT}/slowrun/__init__.py, not from {case.path}/code/slowrun" in found.fails["score"]
 
 
@@ -789,19 +794,19 @@ def test_defaults_are_read_and_not_executed(tmp_path):
     (tmp_path / "model.py").write_text("class GPTConfig:\n    n_layer: int = 30\n    rate: float = 1.0\n")
     text = "class Config(GPTConfig):\n    rate: float = 2.0\n    name: str = ''\n\n    cap = 1.0\n"
     (tmp_path / "train.py").write_text(text)
-    assert referee.config_defaults(tmp_path) == {"n_layer": 30, "rate": 2.0, "name": ""}
+    assert files.config_defaults(tmp_path) == {"n_layer": 30, "rate": 2.0, "name": ""}
     (tmp_path / "slowrun").mkdir()
     run = "class RunConfig:\n    n_layer: int\n    rate: float = 3.0\n    data_dir: str = 'data'\n"
     (tmp_path / "slowrun" / "config.py").write_text(run)
     (tmp_path / "train.py").write_text("class Config(GPTConfig, RunConfig):\n    cap: float = 60.0\n")
     expected = {"n_layer": 30, "rate": 1.0, "data_dir": "data", "cap": 60.0}  # as Python inherits them
-    assert referee.config_defaults(tmp_path) == expected
+    assert files.config_defaults(tmp_path) == expected
     (tmp_path / "train.py").write_text(text.replace("2.0", "float(2)"))
     with pytest.raises(ValueError, match=r"not a literal: rate: float = float\(2\)"):
-        referee.config_defaults(tmp_path)
+        files.config_defaults(tmp_path)
     (tmp_path / "train.py").write_text(text + "\n\nclass Config(GPTConfig):\n    pass\n")
     with pytest.raises(ValueError, match="2 classes Config in code/"):
-        referee.config_defaults(tmp_path)
+        files.config_defaults(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------- submissions
@@ -882,15 +887,15 @@ def test_another_readout_than_declared_is_not_eligible(copy, capsys):
 def test_the_plan_of_a_run():
     """The published numbers of steps, and cycles of two batch sizes."""
     limited = {"sequence_len": 2048, "micro_batch": 4, "batch_tokens": 524288, "num_epochs": 11}
-    assert len(referee.planned_tokens(limited, referee.official_sequences())) - 1 == 2097
+    assert len(planned_tokens(limited, official_sequences())) - 1 == 2097
     tiny = limited | {"micro_batch": 32, "num_epochs": 15}
-    assert len(referee.planned_tokens(tiny, referee.official_sequences())) - 1 == 2850
+    assert len(planned_tokens(tiny, official_sequences())) - 1 == 2850
     import unlimited.train as unlimited
     from slowrun.data import unread_split
 
     config = unlimited.Config(**SMALL["unlimited"])
     plan = unlimited.make_plan(config, unread_split(166 * (config.sequence_len + 1)))
-    assert referee.planned_tokens(vars(config), 166) == plan.tokens.tolist()
+    assert planned_tokens(vars(config), 166) == plan.tokens.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- the worker
@@ -899,16 +904,16 @@ def test_the_plan_of_a_run():
 def test_a_hanging_run_is_stopped(case, capsys):
     case.append_code("def load_members(run_dir, device):\n    time.sleep(600)\n")
     found = judge(capsys, case, options=["--other-data", "--time-limit-min", "0.02"])
-    assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
+    assert found.fails.keys() == {name for name, _ in verdict.SCORE_CHECKS}
     assert "it was not scored in 0.02 min: --time-limit-min allows more" in found.fails["score"]
 
 
 def test_what_the_worker_started_is_stopped_too(tmp_path, monkeypatch):
     script = "import subprocess, time\nchild = subprocess.Popen(['sleep', '600'])\n"
     (tmp_path / "worker.py").write_text(script + "open('pid', 'w').write(str(child.pid))\ntime.sleep(600)\n")
-    monkeypatch.setattr(referee, "WORKER", tmp_path / "worker.py")
-    with pytest.raises(referee.WorkerFailed):
-        referee.run_worker({"out": str(tmp_path)}, 1.0)
+    monkeypatch.setattr(scoring, "WORKER", tmp_path / "worker.py")
+    with pytest.raises(scoring.WorkerFailed):
+        scoring.run_worker({"out": str(tmp_path)}, 1.0)
     child = int((tmp_path / "pid").read_text())
     for _ in range(50):
         if not alive(child):
@@ -926,7 +931,7 @@ def alive(pid: int) -> bool:
 def test_a_crashing_run_fails(case, capsys):
     case.append_code("import os\n\n\ndef load_members(run_dir, device):\n    os.abort()\n")
     found = judge(capsys, case)
-    assert found.fails.keys() == {name for name, _ in referee.SCORE_CHECKS}
+    assert found.fails.keys() == {name for name, _ in verdict.SCORE_CHECKS}
     assert "ended the scoring (exit code -6)" in found.fails["score"]
 
 
@@ -947,7 +952,7 @@ def test_mixing(tmp_path, mixing):
     sequences = np.random.RandomState(0).randint(7, size=(37, 12))
     np.save(tmp_path / "sequences.npy", sequences)
     task = {"run_dir": str(tmp_path), "device": "cpu", "vocab_size": 7, "mixing": mixing, "members": 2}
-    found = score.run(
+    found = worker.run(
         task | {"probe_seed": 0, "splits": {"val": str(tmp_path / "sequences.npy")}, "out": str(tmp_path)}
     )
     assert found["weights"] == [0.25, 0.75] and len(found["measured"]) == (2 if mixing == "probability" else 1)
@@ -986,7 +991,7 @@ def test_members_are_in_memory_one_at_a_time(tmp_path):
     np.save(tmp_path / "sequences.npy", np.zeros((5, 12), dtype=np.int64))
     task = {"run_dir": str(tmp_path), "device": "cpu", "vocab_size": 7, "mixing": "probability", "members": 5}
     task |= {"probe_seed": 0, "splits": {"val": str(tmp_path / "sequences.npy")}, "out": str(tmp_path)}
-    assert len(score.run(task)["measured"]) == 5
+    assert len(worker.run(task)["measured"]) == 5
 
 
 def test_documents_are_found_wherever_they_are():
@@ -1047,4 +1052,4 @@ def test_the_rules_are_those_of_the_scripts():
     for track, module in (TRACKS | UNLIMITED).items():
         config, of_track = importlib.import_module(module).Config(), rules.RULES[track]
         assert (of_track.cap_min, of_track.val_sequences) == (config.time_cap_min, config.val_sequences)
-        assert config.sequence_len == rules.SEQUENCE_LEN and config.vocab_size == referee.GPT2
+        assert config.sequence_len == rules.SEQUENCE_LEN and config.vocab_size == scoring.GPT2_VOCAB

@@ -16,7 +16,7 @@ import tiny.train as tiny
 import train
 import two_hour.train as two_hour
 import unlimited.train as unlimited
-from records import instruments, leaderboard, referee, submit
+from records import instruments, judge, leaderboard, referee, submit
 from slowrun.data import unread_split
 from slowrun.machine import GIB
 from slowrun.plan import Sizes, StepPlan
@@ -24,6 +24,7 @@ from slowrun.rules import OFFICIAL_TRAIN_TOKENS
 from tools import bench, imports
 
 README = (ROOT / "README.md").read_text()
+RECORDS_PAGE = (ROOT / "records" / "README.md").read_text()
 PACKAGE = {name: importlib.import_module(f"slowrun.{name}") for name in INSTRUMENT if name != "__init__"}
 MODULES = {
     "README.md": {"train": train, "model": model} | PACKAGE,
@@ -143,6 +144,12 @@ def test_an_import_that_goes_up_is_found(monkeypatch, capsys):
         "slowrun.new has no place in the picture",
     ):
         assert message in errors
+
+
+def test_the_table_of_the_referee_is_complete():
+    """In the order of the docstring, and in its words."""
+    rows = re.findall(r"^\| \[\w+\.py\]\(judge/(\w+)\.py\) \| (.+) \|$", RECORDS_PAGE.replace("`", ""), re.MULTILINE)
+    assert rows == re.findall(r"^    (\w+) +(.+)$", judge.__doc__, re.MULTILINE)
 
 
 def test_messages_in_the_troubleshooting_exist():

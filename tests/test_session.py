@@ -14,6 +14,7 @@ import torch
 from conftest import INSTRUMENT, ROOT
 
 import slowrun
+from records import judge
 from slowrun.config import RESUME_MAY_CHANGE, RunConfig
 from slowrun.folder import instrument_sha256, script_sha256, write_json
 from slowrun.session import begin, check_same_data, duration, exit_code, launch, reopen, resume_command
@@ -174,15 +175,15 @@ NOT_OF_THE_INSTRUMENT = {"train", "model", "tiny", "two_hour", "unlimited", "pre
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file imports, anywhere in it; of the package as "slowrun.clock"."""
+    """The modules that a file imports, anywhere in it; those of a package here as "slowrun.clock"."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            names = {f"slowrun.{alias.name}" for alias in node.names}
-            found |= names if node.module == "slowrun" else {node.module}
+            is_package = node.module in ("slowrun", "records", "records.judge")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if is_package else {node.module}
     return found
 
 
@@ -202,6 +203,19 @@ def test_the_arrows_go_one_way():
         assert of_package <= below, f"{name} imports {of_package - below}"
         assert not {module.split(".")[0] for module in found} & NOT_OF_THE_INSTRUMENT, name
     assert imports(ROOT / "slowrun" / "__init__.py") == set()
+
+
+def test_the_arrows_of_the_referee_go_one_way():
+    """Each part imports only those that stand below it in the docstring's list, and the worker nothing from here."""
+    order = re.findall(r"^    (\w+)  ", judge.__doc__, re.MULTILINE)
+    folder = ROOT / "records" / "judge"
+    assert sorted([*order, "__init__"]) == sorted(path.stem for path in folder.glob("*.py"))
+    for name in order:
+        found = {module for module in imports(folder / f"{name}.py") if module.split(".")[0] == "records"}
+        below = {f"records.judge.{other}" for other in order[order.index(name) + 1 :]}
+        assert found <= below | {"records.instruments"}, f"{name} imports {found - below}"
+    assert not {module.split(".")[0] for module in imports(folder / "worker.py")} & {"records", "slowrun"}
+    assert imports(folder / "__init__.py") == set()
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))

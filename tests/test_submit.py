@@ -19,6 +19,7 @@ from judging import (
 
 import two_hour.train as two_hour
 from records import referee, submit
+from records.judge import files, scoring
 from slowrun.folder import PACKAGE, instrument_sha256, write_json
 
 
@@ -30,7 +31,7 @@ def honest(data_dir) -> HonestRuns:
 @pytest.fixture
 def records(tmp_path, monkeypatch) -> Path:
     """A folder for records; runs are scored in this process."""
-    monkeypatch.setattr(referee, "run_worker", in_this_process)
+    monkeypatch.setattr(scoring, "run_worker", in_this_process)
     return tmp_path / "records"
 
 
@@ -39,7 +40,7 @@ def make(records: Path, *runs: Path, title: str = "A trial: of it!", options: tu
     return submit.main([*names, "--title", title, "--other-data", "--records-dir", str(records), *options])
 
 
-def files(folder: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -54,7 +55,7 @@ def test_a_record_folder(honest, records, tmp_path, capsys):
     folder = records / "two_hour" / "01-a-trial-of-it"
     of_run = {"config.json", "result.json", "metrics.jsonl", "log.txt", "curve.png"}
     expected = {f"seed-{seed}/{name}" for seed in (42, 43) for name in of_run}
-    assert files(folder) == expected | {"README.md"} | CODE
+    assert files_in(folder) == expected | {"README.md"} | CODE
     assert (folder / "seed-43" / "log.txt").read_bytes() == (runs[0] / "log.txt").read_bytes()
     results = [json.loads((run / "result.json").read_text()) for run in runs[::-1]]
     text = (folder / "README.md").read_text()
@@ -65,7 +66,7 @@ def test_a_record_folder(honest, records, tmp_path, capsys):
     command = re.search(r"code/train.py (.+)", text)[1]
     given = two_hour.Config(**parse(two_hour, shlex.split(command)))
     config = json.loads((runs[1] / "config.json").read_text())["config"]
-    assert all(getattr(given, name) == value for name, value in config.items() if name not in referee.OF_A_RUN)
+    assert all(getattr(given, name) == value for name, value in config.items() if name not in files.PER_RUN_SETTINGS)
     (entry,) = json.loads((records / "two_hour" / "records.json").read_text())["records"]
     assert entry["seeds"] == [42, 43] and entry["losses"] == [result["val_loss"] for result in results]
     assert entry["val_loss"] == pytest.approx(sum(entry["losses"]) / 2) and entry["kind"] == "verified"
@@ -78,11 +79,11 @@ def test_a_record_folder(honest, records, tmp_path, capsys):
 
 def test_the_next_one_is_numbered_on_and_has_to_be_better(honest, records, tmp_path, capsys):
     assert make(records, honest("two_hour")) == 0
-    before = files(records)
+    before = files_in(records)
     assert make(records, honest("two_hour"), title="again") == 1
     output = capsys.readouterr().out
     assert "FAIL  significance" in output and "REFUSED, 1 of the checks fail; nothing was written" in output
-    assert files(records) == before and list(records.rglob(".*")) == []
+    assert files_in(records) == before and list(records.rglob(".*")) == []
     better = Case(shutil.copytree(honest("two_hour"), tmp_path / "better"))
     better.append_code(
         "honest_members = load_members\n\n\ndef load_members(run_dir, device):\n"
@@ -124,7 +125,7 @@ def test_an_ensemble(honest, records, capsys):
     chain = {"ledger.json", "metrics.jsonl.gz", "log.txt", "curve.png"}
     expected = {f"seed-42/chains/chain_0{i}/{name}" for i in (0, 1) for name in chain}
     of_run = {"config.json", "result.json", "metrics.jsonl", "log.txt", "curve.png"}
-    assert files(folder) == expected | {f"seed-42/{name}" for name in of_run} | {"README.md"} | CODE
+    assert files_in(folder) == expected | {f"seed-42/{name}" for name in of_run} | {"README.md"} | CODE
     assert judge(capsys, folder).fails == {}
 
 
@@ -132,16 +133,16 @@ def test_a_large_folder_is_made_smaller(honest, records, monkeypatch, capsys):
     run = honest("two_hour")
     size = sum((run / name).stat().st_size for name in (*CODE, "config.json", "result.json", "log.txt"))
     size += (run / "metrics.jsonl").stat().st_size
-    monkeypatch.setattr(referee, "SUBMITTED_MB", size / 1e6)  # the README is too much
+    monkeypatch.setattr(files, "SUBMITTED_MB", size / 1e6)  # the README is too much
     assert make(records, run) == 0
     folder = records / "two_hour" / "01-a-trial-of-it"
-    assert "seed-42/metrics.jsonl.gz" in files(folder) and "seed-42/curve.png" in files(folder)
+    assert "seed-42/metrics.jsonl.gz" in files_in(folder) and "seed-42/curve.png" in files_in(folder)
     assert judge(capsys, folder).fails == {}
-    monkeypatch.setattr(referee, "SUBMITTED_MB", 0.1)
+    monkeypatch.setattr(files, "SUBMITTED_MB", 0.1)
     assert "MB, at most 0.1 are allowed" in judge(capsys, folder).fails["files"]
     shutil.rmtree(records)
     assert make(records, run) == 1
-    assert "FAIL  files" in capsys.readouterr().out and files(records) == set()
+    assert "FAIL  files" in capsys.readouterr().out and files_in(records) == set()
 
 
 def test_what_is_refused_leaves_nothing(honest, records, tmp_path, capsys):
@@ -156,7 +157,7 @@ def test_what_is_refused_leaves_nothing(honest, records, tmp_path, capsys):
         assert submit.main(arguments) == 2
         assert said in capsys.readouterr().err
     assert make(records, honest("two_hour"), title="!?") == 2
-    assert "has no letter or digit" in capsys.readouterr().err and files(records) == set()
+    assert "has no letter or digit" in capsys.readouterr().err and files_in(records) == set()
 
 
 @pytest.mark.parametrize("function", ["shrink", "write_json"])
@@ -167,7 +168,7 @@ def test_an_interruption_leaves_nothing(honest, records, monkeypatch, function):
     monkeypatch.setattr(submit, function, interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(records, honest("two_hour"))
-    assert files(records) == set() and [path.name for path in records.rglob("*")] == ["two_hour"]
+    assert files_in(records) == set() and [path.name for path in records.rglob("*")] == ["two_hour"]
 
 
 def test_a_submitted_folder_is_judged_alone_and_by_its_names(honest, records, capsys):

@@ -1,11 +1,11 @@
-"""The worker of records/referee.py: predicts with a run's own code and writes down what it measured. No verdict.
+"""The referee's worker: predicts with a run's own code and writes down what it measured. No verdict.
 
-    python records/score.py TASK.json      # writes found.json, val.npy and holdout.npy beside it
+    python records/judge/worker.py TASK.json      # writes found.json, val.npy and holdout.npy beside it
 
-It runs in a process of its own, with a time limit, without gradients and without bytecode of the run's folder. That
-isolates the referee from crashes and hangs, NOT from malice: the run's code can do what its user can. Of this
-repository it imports nothing, not slowrun/ either: the run's script finds the one in its code/. The run's code/train.py
-must offer load_members(run_dir, device), an iterator of (weight, callable) in which a callable maps tokens (B, T) int64
+It runs in a process of its own, with a time limit, without gradients, and without bytecode from the run's folder. That
+isolates the referee from crashes and hangs, NOT from malice: the run's code can do what its user can. It imports
+nothing of this repository, not even slowrun/: the run's script finds the one in its code/. The run's code/train.py must
+offer load_members(run_dir, device), an iterator of (weight, callable) in which a callable maps tokens (B, T) int64
 to log-probabilities (B, T, V) float32.
 """
 
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 BATCH_BYTES = 2**31  # of log-probabilities at a time
-LOGIT_BATCH_BYTES = 2**33  # the same on a GPU, where each batch loads all members: fewer batches
+LOGIT_BATCH_BYTES = 2**33  # the same on a GPU when mixing logits: each batch loads all members, so fewer batches
 PROBE_SEQUENCES, PROBE_POSITIONS = 4, 16
-AGAIN_BATCHES = 64  # batches of sequences that are scored once more
+AGAIN_BATCHES = 64  # batches of sequences that are scored a second time
 
 
 class Wrong(Exception):
-    """The run's code returned something else than log-probabilities, or is not the code that it is said to be."""
+    """The run's code returned something other than log-probabilities, or it used another slowrun/ than its own."""
 
 
 def instrument_modules() -> list[str]:
@@ -41,7 +41,7 @@ def instrument_modules() -> list[str]:
 
 
 def check_instrument(code: Path) -> None:
-    """Wrong if a module of slowrun/ is imported from elsewhere than a run's code/."""
+    """Raise Wrong if a module of slowrun/ was imported from anywhere but the run's code/."""
     package = (code / "slowrun").resolve()
     for name in instrument_modules():
         file = getattr(sys.modules[name], "__file__", None)
@@ -51,9 +51,9 @@ def check_instrument(code: Path) -> None:
 
 @contextlib.contextmanager
 def script(run_dir: Path):
-    """code/train.py of a run as a module, with its neighbours and its slowrun/. The caller's modules stay as they are.
+    """A run's code/train.py as a module, with its neighbours and its slowrun/; the caller's modules are restored.
 
-    Wrong if its slowrun/ is another one.
+    Wrong if it imports a slowrun/ other than its own.
     """
     code, path, bytecode = run_dir / "code", list(sys.path), sys.dont_write_bytecode
     if not (code / "slowrun").is_dir():
@@ -64,7 +64,7 @@ def script(run_dir: Path):
         names = [*(neighbours & sys.modules.keys()), *instrument_modules()]
         return {name: sys.modules.pop(name) for name in names}
 
-    others = take_away()
+    callers_modules = take_away()
     sys.path.insert(0, str(code))
     sys.dont_write_bytecode = True
     try:
@@ -73,15 +73,15 @@ def script(run_dir: Path):
         spec.loader.exec_module(module)
         check_instrument(code)
         yield module
-        check_instrument(code)  # what was imported only when it was needed
+        check_instrument(code)  # what was imported later
     finally:
         sys.path[:], sys.dont_write_bytecode = path, bytecode
         take_away()
-        sys.modules.update(others)
+        sys.modules.update(callers_modules)
 
 
 class Predictor:
-    """What a callable predicts, checked at every position: shape, type, finite, probabilities that sum to 1."""
+    """A callable of load_members, checked at every position: shape, dtype, finite, probabilities that sum to 1."""
 
     def __init__(self, log_probs: Callable, vocab_size: int, device: torch.device):
         self.log_probs, self.vocab_size, self.device = log_probs, vocab_size, device
@@ -91,8 +91,8 @@ class Predictor:
         """(B, T) int64 -> (B, T, V) float32 on the device."""
         out, shape = self.log_probs(tokens.clone().to(self.device)), (*tokens.shape, self.vocab_size)
         if not isinstance(out, Tensor) or out.dtype != torch.float32 or out.shape != shape:
-            said = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise Wrong(f"a callable of load_members returned {said}, not torch.float32 {shape}")
+            kind = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise Wrong(f"a callable of load_members returned {kind}, not torch.float32 {shape}")
         out = out.to(self.device)
         self.not_finite += int((~out.isfinite()).any(-1).sum())
         self.sum_error = max(self.sum_error, largest(out.logsumexp(-1)))
@@ -100,12 +100,12 @@ class Predictor:
 
 
 def largest(difference: Tensor) -> float:
-    """Largest magnitude; infinite if something is not a number."""
+    """The largest magnitude; infinite if there is a NaN, 0 if it is empty."""
     return float(difference.abs().nan_to_num(nan=math.inf).max()) if difference.numel() else 0.0
 
 
 def mixture_of_logits(load_members: Callable, device: torch.device, vocab_size: int, inner: list[Predictor]):
-    """One callable for members whose logits are averaged: each batch iterates load_members anew, which is slow."""
+    """One callable for members whose logits are averaged. Every batch loads all members anew, which is slow."""
 
     def log_probs(tokens: Tensor) -> Tensor:
         total = torch.zeros((*tokens.shape, vocab_size), device=device)
@@ -118,7 +118,7 @@ def mixture_of_logits(load_members: Callable, device: torch.device, vocab_size: 
 
 
 class Judged:
-    """The measurements of one predictor. All its batches have one shape, so that only their content can matter."""
+    """Measures one predictor. All its batches have the same shape, so that only their content can matter."""
 
     def __init__(self, predict: Predictor, batch: int, seed: int):
         self.predict, self.batch, self.random = predict, batch, np.random.RandomState(seed)
@@ -132,7 +132,7 @@ class Judged:
         return torch.from_numpy(self.random.randint(self.predict.vocab_size, size=shape))
 
     def fill(self, rows: Tensor) -> Tensor:
-        """Rows and random ones, a batch."""
+        """Pad rows (k, T) to a batch with random rows."""
         return torch.cat([rows, self.noise(self.batch - len(rows), rows.size(1))])
 
     def nats(self, sequences: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class Judged:
         return out.gather(-1, some.to(out.device)).cpu()
 
     def probe(self, rows: Tensor) -> None:
-        """Measure causality and company on rows (k, T), at other positions in each."""
+        """Measure causality and company on rows (k, T), at random positions of each."""
         T, batch = rows.size(1), self.fill(rows)
         base = self.predict(batch)[: len(rows)]
         for i, row in enumerate(rows):
@@ -166,10 +166,10 @@ class Judged:
                     self.worst("causality", out[: t + 1] - base[i, : t + 1])
 
     def score_again(self, sequences: Tensor, nats: Tensor) -> None:
-        """Many that were scored once more: in another order and company, and with other tokens from somewhere on.
+        """Score many sequences a second time, in another order and company, with random tokens from some position on.
 
-        What is predicted before those must be as it was, also of the target that the first of them replaces. A model
-        that reads its targets at a few positions alone is found by how many sequences there are.
+        Predictions up to that position must be as they were, that of the first replaced token included. The number of
+        sequences exposes a model that reads its targets at a few positions only.
         """
         T = sequences.size(1) - 1
         chosen = torch.from_numpy(self.random.permutation(len(sequences))[: AGAIN_BATCHES * self.batch])
@@ -183,7 +183,7 @@ class Judged:
                 self.worst("again", found[: t + 1] - known[: t + 1])
 
     def score(self, splits: dict[str, Tensor], rows: Tensor, some: Tensor, before: Tensor) -> dict[str, Tensor]:
-        """All measurements -> nats by split; before: fingerprint(rows, some) when nothing had been scored."""
+        """Make all measurements -> nats by split. before: fingerprint(rows, some), taken before anything was scored."""
         self.worst("repeat", self.fingerprint(rows, some) - before)
         self.probe(rows)
         nats = {"val": self.nats(splits["val"])}
@@ -197,7 +197,7 @@ def run(task: dict) -> dict:
     """Score a run. task: run_dir, device, vocab_size, mixing, members (how many), probe_seed, splits, out.
 
     splits: name -> file of sequences (n, T + 1). Writes out/<split>.npy, nats (n, T) float64 of the mixture. Returns
-    device, weights as load_members gave them, and per callable what was measured; or wrong, what is not as it must be.
+    device, weights (as load_members gave them) and measured (one dict per callable); or wrong, the reason for failure.
     """
     splits = {name: torch.from_numpy(np.load(path)) for name, path in task["splits"].items()}
     run_dir = Path(task["run_dir"])
@@ -212,7 +212,7 @@ def run(task: dict) -> dict:
 
 
 def measure(module: ModuleType, task: dict, splits: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """What run returns; the probability of each target by split, of the mixture: (n, T) float64."""
+    """-> (what run returns; by split, the mixture's probability of each target (n, T) float64)."""
     device, V, val = torch.device(task["device"]), task["vocab_size"], splits["val"]
     logits = task["mixing"] == "logit"
     budget = LOGIT_BATCH_BYTES if logits and device.type == "cuda" else BATCH_BYTES
@@ -226,15 +226,15 @@ def measure(module: ModuleType, task: dict, splits: dict[str, Tensor]) -> tuple[
     some = torch.cat([rows[:, 1:, None], torch.from_numpy(random.randint(V, size=(*rows[:, 1:].shape, 8)))], dim=-1)
     rows, before, measured = rows[:, :-1], [], []
     probabilities = {name: torch.zeros(rows[:, 1:].shape, dtype=torch.float64) for name, rows in splits.items()}
-    for i, (_, log_probs) in enumerate(members()):  # all of them, before any has seen what follows
+    for i, (_, log_probs) in enumerate(members()):  # of all members, before any is scored
         judged = Judged(Predictor(log_probs, V, device), batch, task["probe_seed"] + i)
         before.append((judged, judged.fingerprint(rows, some)))
         judged.predict.log_probs = log_probs = None  # one member is in memory at a time
     for (weight, log_probs), (judged, prints) in zip(members(), before, strict=True):
         judged.predict.log_probs = log_probs
         nats = judged.score(splits, rows, some, prints)
-        for name, own in nats.items():
-            probabilities[name].add_((-own).exp(), alpha=float(weight))
+        for name, of_targets in nats.items():
+            probabilities[name].add_((-of_targets).exp(), alpha=float(weight))
         measured.append(predictions(judged, inner if logits else []) | {"loss": float(nats["val"].mean())})
         weights += [] if logits else [float(weight)]
         judged.predict.log_probs = log_probs = None
@@ -242,7 +242,7 @@ def measure(module: ModuleType, task: dict, splits: dict[str, Tensor]) -> tuple[
 
 
 def predictions(judged: Judged, inner: list[Predictor]) -> dict:
-    """What was measured of a callable, with that of those inside it."""
+    """The measurements of a callable, those of the callables inside it included."""
     all_of_them = [judged.predict, *inner]
     sums = {"sum_error": max(p.sum_error for p in all_of_them), "not_finite": sum(p.not_finite for p in all_of_them)}
     return judged.found | sums
@@ -251,7 +251,7 @@ def predictions(judged: Judged, inner: list[Predictor]) -> dict:
 def main(argv: list[str] | None = None) -> int:
     (path,) = sys.argv[1:] if argv is None else argv
     task = json.loads(Path(path).read_text())
-    sys.path.pop(0)  # of this file
+    sys.path.pop(0)  # the folder of this file
     (Path(task["out"]) / "found.json").write_text(json.dumps(run(task)))
     return 0
 

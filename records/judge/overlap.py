@@ -39,9 +39,9 @@ def gram_hashes(tokens: np.ndarray) -> np.ndarray:
 
 
 def count_overlaps(tokens: np.ndarray, starts: np.ndarray, other: np.ndarray) -> int:
-    """How many documents of SHORTEST tokens or more occur as a whole in the other tokens; all uint16.
+    """Count the documents of SHORTEST tokens or more that occur as a whole in the other tokens; all uint16.
 
-    Their first tokens are looked up among the hashes of all places in the other split; what is found is compared.
+    Their first tokens are looked up among the hashes of all places in the other split; matches are compared whole.
     """
     spans = documents(tokens, starts)
     if not len(spans) or len(other) < SHORTEST:
