@@ -59,3 +59,10 @@ class Clock:
         if not cap_s or not self.recent_s:
             return False
         return self.train_time_s + (steps_in_flight + 1) * self.step_s > cap_s
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a reader would choose, such as "48.0m"."""
+    if seconds > 7200:
+        return f"{seconds / 3600:.1f}h"
+    return f"{seconds / 60:.1f}m" if seconds > 90 else f"{seconds:.0f}s"

@@ -6,13 +6,16 @@ and only their last line can be torn. Only the main process writes.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -20,8 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from tqdm import tqdm
 
+from slowrun.config import RESUME_MAY_CHANGE, RunConfig, changed_fields
 from slowrun.data import read_json, sha256_file
 from slowrun.machine import GIB
 
@@ -159,6 +165,76 @@ def read_config(folder: Path) -> dict:
     if "instrument_sha256" not in read_json(path, {"track"}, "restore it"):
         raise ValueError(f"{folder} was made by an older version: resume it with {folder}/code/train.py")
     return read_json(path, keys, "a run cannot be resumed without it; its weights are in checkpoints/ and final/")
+
+
+def begin(track: str, config: RunConfig, script: Path, data_sha256: dict[str, str]) -> dict:
+    """Make the run folder of a new run -> the content of its config.json, and its folder."""
+    name = config.run_name or f"{track}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
+    folder = Path(config.runs_dir) / name
+    saved = {
+        "run_id": secrets.token_hex(4),
+        "track": track,
+        "command": sys.argv,
+        "overrides": changed_fields(config),
+        "config": dataclasses.asdict(config),
+        "code_sha256": script_sha256(script),
+        "instrument_sha256": instrument_sha256(),
+        "data_sha256": data_sha256,
+    }
+    create(folder, script, saved)
+    return saved | {"folder": str(folder)}
+
+
+def reopen(track: str, folder: Path, given: dict, script: Path, may_change: set[str] = RESUME_MAY_CHANGE) -> dict:
+    """The content of config.json of a run to resume, with its folder and whether it has finished.
+
+    given: the flags of this command line. ValueError if this script and these flags cannot continue the run.
+    """
+    saved = read_config(folder)
+    if saved["track"] != track:
+        raise ValueError(
+            f"{folder} is a run of the {saved['track']} track: resume it with that track's train.py, this one is "
+            f"{track}'s"
+        )
+    fixed = {k: v for k, v in given.items() if k not in may_change and v != saved["config"].get(k)}
+    if fixed:
+        differences = ", ".join(f"{k} {saved['config'].get(k)!r}, now {v!r}" for k, v in fixed.items())
+        raise ValueError(
+            f"{folder} was started with other settings ({differences}): leave them out, or start a new run"
+        )
+    advice = f"resume it with {folder}/code/{script.name}"
+    if script_sha256(script) != saved["code_sha256"]:
+        raise ValueError(f"the script changed since {folder} was started: {advice}")
+    if instrument_sha256() != saved["instrument_sha256"]:
+        raise ValueError(f"slowrun/ changed since {folder} was started: {advice}")
+    result = folder / "result.json"
+    is_finished = result.exists() and read_json(result, {"status"}, "delete it to resume")["status"] == "finished"
+    return saved | {"folder": str(folder), "finished": is_finished, "resumed": True}
+
+
+def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> None:
+    """Refuse to continue a run on other files than it was started with (ValueError)."""
+    for split in saved["data_sha256"] | data_sha256:
+        then = saved["data_sha256"].get(split, "none")
+        now = data_sha256.get(split, "none")
+        if then != now:
+            raise ValueError(
+                f"{saved['folder']} was started on other data (fineweb_{split}.pt was {then[:12]}..., and that of "
+                f"{data_dir} is {now[:12]}...): give its --data-dir"
+            )
+
+
+def finished_run(run_dir: Path, track: str) -> tuple[dict, dict]:
+    """(config.json, final/members.json) of a finished run; ValueError if it is one of another track."""
+    saved = json.loads((run_dir / "config.json").read_text())
+    if saved["track"] != track:
+        raise ValueError(f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
+    return saved, json.loads((run_dir / "final" / "members.json").read_text())
+
+
+def load_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a member, on the CPU, in float32 or wider, ready for compute_weights."""
+    return {name: p.to(torch.promote_types(dtype, torch.float32)) for name, p in load_file(path).items()}
 
 
 class RunFolder:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import platform
-import secrets
 import shlex
 import shutil
 import signal
@@ -33,10 +31,10 @@ from torch import Tensor
 
 from slowrun import folder as run_folder
 from slowrun import rules
-from slowrun.clock import Clock
-from slowrun.config import RESUME_MAY_CHANGE, RunConfig, as_flags, changed_fields, parse_flags
-from slowrun.data import Split, load_split, load_splits, read_json, sha256_file, token_bytes, unread_split
-from slowrun.folder import RunFolder, try_to_write_json, write_atomically, write_json
+from slowrun.clock import Clock, duration
+from slowrun.config import RESUME_MAY_CHANGE, RunConfig, as_flags, parse_flags
+from slowrun.data import Split, load_split, load_splits, sha256_file, token_bytes, unread_split
+from slowrun.folder import RunFolder, begin, check_same_data, reopen, try_to_write_json, write_atomically, write_json
 from slowrun.machine import (
     GIB,
     StepProfiler,
@@ -898,7 +896,7 @@ class Session:
                 self.log(f"checkpoint at step {self.step} NOT updated: {failure}")
             else:
                 self._delete_dropped_members()
-        self.world.sum([0])
+        self.world.barrier()
 
     def _delete_dropped_members(self) -> None:
         files = [member["file"] for member in self.member_files.values()]
@@ -1016,89 +1014,12 @@ def final_block(result: dict, folder: Path) -> str:
     return "\n".join(["=" * 100, *lines, "=" * 100])
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the unit a reader would choose, such as "48.0m"."""
-    if seconds > 7200:
-        return f"{seconds / 3600:.1f}h"
-    return f"{seconds / 60:.1f}m" if seconds > 90 else f"{seconds:.0f}s"
-
-
 def resume_command(processes: int, folder: Path) -> str:
     """The command that resumes a run on this machine."""
     start = "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
     if processes != int(os.environ.get("LOCAL_WORLD_SIZE", processes)):  # torchrun says how many are on this machine
         start = "torchrun, on all machines as before,"
     return f"{start} {sys.argv[0]} --resume {folder}"
-
-
-def begin(track: str, config: RunConfig, script: Path, data_sha256: dict[str, str]) -> dict:
-    """Make the run folder of a new run -> the content of its config.json, and its folder."""
-    name = config.run_name or f"{track}-{time.strftime('%Y%m%d-%H%M%S')}-s{config.seed}"
-    folder = Path(config.runs_dir) / name
-    saved = {
-        "run_id": secrets.token_hex(4),
-        "track": track,
-        "command": sys.argv,
-        "overrides": changed_fields(config),
-        "config": dataclasses.asdict(config),
-        "code_sha256": run_folder.script_sha256(script),
-        "instrument_sha256": run_folder.instrument_sha256(),
-        "data_sha256": data_sha256,
-    }
-    run_folder.create(folder, script, saved)
-    return saved | {"folder": str(folder)}
-
-
-def reopen(track: str, folder: Path, given: dict, script: Path, may_change: set[str] = RESUME_MAY_CHANGE) -> dict:
-    """The content of config.json of a run to resume, with its folder and whether it has finished.
-
-    given: the flags of this command line. ValueError if this script and these flags cannot continue the run.
-    """
-    saved = run_folder.read_config(folder)
-    if saved["track"] != track:
-        raise ValueError(
-            f"{folder} is a run of the {saved['track']} track: resume it with that track's train.py, this one is "
-            f"{track}'s"
-        )
-    fixed = {k: v for k, v in given.items() if k not in may_change and v != saved["config"].get(k)}
-    if fixed:
-        differences = ", ".join(f"{k} {saved['config'].get(k)!r}, now {v!r}" for k, v in fixed.items())
-        raise ValueError(
-            f"{folder} was started with other settings ({differences}): leave them out, or start a new run"
-        )
-    advice = f"resume it with {folder}/code/{script.name}"
-    if run_folder.script_sha256(script) != saved["code_sha256"]:
-        raise ValueError(f"the script changed since {folder} was started: {advice}")
-    if run_folder.instrument_sha256() != saved["instrument_sha256"]:
-        raise ValueError(f"slowrun/ changed since {folder} was started: {advice}")
-    result = folder / "result.json"
-    is_finished = result.exists() and read_json(result, {"status"}, "delete it to resume")["status"] == "finished"
-    return saved | {"folder": str(folder), "finished": is_finished, "resumed": True}
-
-
-def check_same_data(saved: dict, data_dir: str, data_sha256: dict[str, str]) -> None:
-    """Refuse to continue a run on other files than it was started with (ValueError)."""
-    for split in saved["data_sha256"] | data_sha256:
-        then = saved["data_sha256"].get(split, "none")
-        now = data_sha256.get(split, "none")
-        if then != now:
-            raise ValueError(
-                f"{saved['folder']} was started on other data (fineweb_{split}.pt was {then[:12]}..., and that of "
-                f"{data_dir} is {now[:12]}...): give its --data-dir"
-            )
-
-
-def finished_run(run_dir: Path, track: str) -> tuple[dict, dict]:
-    """(config.json, final/members.json) of a finished run; ValueError if it is one of another track."""
-    saved = json.loads((run_dir / "config.json").read_text())
-    if saved["track"] != track:
-        raise ValueError(f"{run_dir} is a run of the {saved['track']} track: use that track's load_members")
-    return saved, json.loads((run_dir / "final" / "members.json").read_text())
-
-
-def load_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a member, on the CPU, in float32 or wider, ready for compute_weights."""
-    return {name: p.to(torch.promote_types(dtype, torch.float32)) for name, p in load_file(path).items()}
 
 
 def exit_code(main: Callable[[], int], script: str) -> int:

@@ -42,7 +42,7 @@ class World:
         return range(self.rank * count, (self.rank + 1) * count)
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums over the processes, in float64 and the same on all of them. Collective, so it is a barrier too."""
+        """Sums over the processes, in float64 and the same on all of them. Collective."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(total, group=self.group)
@@ -51,6 +51,10 @@ class World:
     def any(self, flags: list[bool]) -> list[bool]:
         """Whether each flag is set on at least one process. Collective."""
         return [count > 0 for count in self.sum([float(flag) for flag in flags])]
+
+    def barrier(self) -> None:
+        """Wait until all processes have come here. Collective."""
+        self.sum([0.0])
 
     def on_main(self, function: Callable, *args) -> Any:
         """Call the function on the main process and return its result on all of them. Collective.

@@ -22,10 +22,10 @@ from records.judge.files import MACHINE_SETTINGS, PER_RUN_SETTINGS
 from records.judge.findings import Judgement, Options
 from records.judge.runs import Folder, open_folders
 from slowrun import rules
+from slowrun.clock import duration
 from slowrun.data import sha256_file
 from slowrun.folder import code_sha256, instrument_sha256, write_json
 from slowrun.scoring import data_efficiency
-from slowrun.session import duration
 
 
 @pytest.fixture(autouse=True)

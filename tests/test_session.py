@@ -15,9 +15,10 @@ from conftest import INSTRUMENT, ROOT
 
 import slowrun
 from records import judge
+from slowrun.clock import duration
 from slowrun.config import RESUME_MAY_CHANGE, RunConfig
-from slowrun.folder import instrument_sha256, script_sha256, write_json
-from slowrun.session import begin, check_same_data, duration, exit_code, launch, reopen, resume_command
+from slowrun.folder import begin, check_same_data, instrument_sha256, reopen, script_sha256, write_json
+from slowrun.session import exit_code, launch, resume_command
 
 HASHES = {"train": "a" * 64, "val": "b" * 64}
 

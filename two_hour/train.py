@@ -38,6 +38,7 @@ sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / 
 
 from slowrun.config import RunConfig, require_at_least
 from slowrun.data import Loader, Split, shuffled_documents, shuffled_micro_steps
+from slowrun.folder import finished_run, load_weights
 from slowrun.kernels import (
     CHUNK,
     HeadLoss,
@@ -54,7 +55,7 @@ from slowrun.kernels import (
 from slowrun.machine import compute_dtype
 from slowrun.plan import Sizes, Stage, StepPlan, stages_of
 from slowrun.scoring import mix_probabilities
-from slowrun.session import Session, finished_run, launch, load_weights
+from slowrun.session import Session, launch
 from slowrun.sharded import Bucket, Shards
 from slowrun.weights import ComputeWeights, compute_weights
 from slowrun.world import VIRTUAL_RANKS, World, seed_of
@@ -1163,7 +1164,7 @@ class Training:
                         self.warm_up_stage(values)
                     for bucket in self.shards.buckets:  # without a gradient and at a learning rate of 0: no change
                         self.optimizer.update(bucket, bucket.grad_shard, 0, replace(stages[0], lr=0.0))
-                self.world.sum([0])
+                self.world.barrier()
         self.optimizer.step(0, replace(stages[0], lr=0.0))  # connects the processes
 
     def warm_up_stage(self, values: Scheduled) -> None:

@@ -46,7 +46,7 @@ sys.path.insert(0, str(next(p for p in Path(__file__).resolve().parents if (p / 
 
 from slowrun.config import RunConfig, flag_of, require_at_least
 from slowrun.data import Loader, Split, read_json, sha256_file, shuffled_documents, shuffled_micro_steps
-from slowrun.folder import try_to_write_json, write_atomically
+from slowrun.folder import finished_run, try_to_write_json, write_atomically
 from slowrun.kernels import (
     CHUNK,
     HeadLoss,
@@ -63,7 +63,7 @@ from slowrun.kernels import (
 from slowrun.machine import compute_dtype, peak_flops
 from slowrun.plan import Sizes, Stage, StepPlan, stages_of
 from slowrun.scoring import Score
-from slowrun.session import Session, finished_run, launch
+from slowrun.session import Session, launch
 from slowrun.sharded import Bucket, Shards
 from slowrun.weights import ComputeWeights, compute_weights
 from slowrun.world import VIRTUAL_RANKS, World, processes_here, seed_of
@@ -1374,7 +1374,7 @@ class Training:
                         self.warm_up_stage(values)
                     for bucket in self.shards.buckets:  # without a gradient and at a learning rate of 0: no change
                         self.optimizer.update(bucket, bucket.grad_shard, replace(stages[0], lr=0.0))
-                self.world.sum([0])
+                self.world.barrier()
         self.optimizer.step(replace(stages[0], lr=0.0))  # connects the processes
 
     def warm_up_stage(self, values: Scheduled) -> None:

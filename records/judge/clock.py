@@ -7,7 +7,7 @@ from itertools import pairwise
 from records.judge.data import official_sequences, training_sequences
 from records.judge.findings import Check, Judgement
 from records.judge.runs import Folder, Part, close, number
-from slowrun.session import duration
+from slowrun.clock import duration
 from slowrun.world import VIRTUAL_RANKS
 
 CLOCK_TOLERANCE = 0.01  # relative, of the sum of the steps' times

@@ -6,7 +6,7 @@ import re
 
 from records.judge.findings import Check, Judgement
 from records.judge.runs import Folder, Part, close, not_finite, number
-from slowrun.session import duration
+from slowrun.clock import duration
 
 STEP_LINE = re.compile(r"step (\d+)/\d+ \| train (\S+) ")
 VALIDATION_LINE = re.compile(r" \| step (\d+)/\d+ \| val (\S+)")
