@@ -117,7 +117,7 @@ def mixture_of_logits(load_members: Callable, device: torch.device, vocab_size: 
     return log_probs
 
 
-class Judged:
+class Measurement:
     """Measures one predictor. All its batches have the same shape, so that only their content can matter."""
 
     def __init__(self, predict: Predictor, batch: int, seed: int):
@@ -144,10 +144,10 @@ class Judged:
             result.append(-out.gather(-1, targets)[..., 0].double().cpu())
         return torch.cat(result)
 
-    def fingerprint(self, rows: Tensor, some: Tensor) -> Tensor:
-        """Predictions of rows (k, T) for some tokens (k, T, n) at each position -> (k, T, n) on the CPU."""
+    def fingerprint(self, rows: Tensor, outcomes: Tensor) -> Tensor:
+        """Log-probabilities of outcomes (k, T, n) at each position of rows (k, T) -> (k, T, n) on the CPU."""
         out = self.predict(self.fill(rows))[: len(rows)]
-        return out.gather(-1, some.to(out.device)).cpu()
+        return out.gather(-1, outcomes.to(out.device)).cpu()
 
     def probe(self, rows: Tensor) -> None:
         """Measure causality and company on rows (k, T), at random positions of each."""
@@ -158,11 +158,11 @@ class Judged:
             others = self.noise(*batch.shape)
             others[i] = row
             self.worst("company", self.predict(others)[i] - base[i])
-            for some in np.array_split(positions, math.ceil(len(positions) / self.batch)):
-                variants = row.repeat(len(some), 1)
-                for variant, t in zip(variants, some, strict=True):
+            for chunk in np.array_split(positions, math.ceil(len(positions) / self.batch)):
+                variants = row.repeat(len(chunk), 1)
+                for variant, t in zip(variants, chunk, strict=True):
                     variant[t + 1 :] = self.noise(T - t - 1)
-                for out, t in zip(self.predict(self.fill(variants)), some, strict=False):
+                for out, t in zip(self.predict(self.fill(variants)), chunk, strict=False):
                     self.worst("causality", out[: t + 1] - base[i, : t + 1])
 
     def score_again(self, sequences: Tensor, nats: Tensor) -> None:
@@ -173,23 +173,23 @@ class Judged:
         """
         T = sequences.size(1) - 1
         chosen = torch.from_numpy(self.random.permutation(len(sequences))[: AGAIN_BATCHES * self.batch])
-        for some in chosen.split(self.batch):
-            altered, last = sequences[some, :-1].clone(), self.random.randint(T - 1, size=len(some))
+        for indices in chosen.split(self.batch):
+            altered, last = sequences[indices, :-1].clone(), self.random.randint(T - 1, size=len(indices))
             for row, t in zip(altered, last, strict=True):
                 row[t + 1 :] = self.noise(T - t - 1)
-            out = self.predict(self.fill(altered))[: len(some)]
-            again = -out.gather(-1, sequences[some, 1:, None].to(out.device))[..., 0].double().cpu()
-            for found, known, t in zip(again, nats[some], last, strict=True):
+            out = self.predict(self.fill(altered))[: len(indices)]
+            again = -out.gather(-1, sequences[indices, 1:, None].to(out.device))[..., 0].double().cpu()
+            for found, known, t in zip(again, nats[indices], last, strict=True):
                 self.worst("again", found[: t + 1] - known[: t + 1])
 
-    def score(self, splits: dict[str, Tensor], rows: Tensor, some: Tensor, before: Tensor) -> dict[str, Tensor]:
-        """Make all measurements -> nats by split. before: fingerprint(rows, some), taken before anything was scored."""
-        self.worst("repeat", self.fingerprint(rows, some) - before)
+    def score(self, splits: dict[str, Tensor], rows: Tensor, outcomes: Tensor, before: Tensor) -> dict[str, Tensor]:
+        """Make all measurements -> nats by split. before: the fingerprint, taken before anything was scored."""
+        self.worst("repeat", self.fingerprint(rows, outcomes) - before)
         self.probe(rows)
         nats = {"val": self.nats(splits["val"])}
         self.score_again(splits["val"], nats["val"])
         nats |= {name: self.nats(sequences) for name, sequences in splits.items() if name != "val"}
-        self.worst("repeat", self.fingerprint(rows, some) - before)
+        self.worst("repeat", self.fingerprint(rows, outcomes) - before)
         return nats
 
 
@@ -223,29 +223,29 @@ def measure(module: ModuleType, task: dict, splits: dict[str, Tensor]) -> tuple[
     members = (lambda: [(1.0, mixture_of_logits(load, device, V, inner))]) if logits else load
     random = np.random.RandomState(task["probe_seed"])
     rows = val[random.permutation(len(val))[:PROBE_SEQUENCES]]
-    some = torch.cat([rows[:, 1:, None], torch.from_numpy(random.randint(V, size=(*rows[:, 1:].shape, 8)))], dim=-1)
+    outcomes = torch.cat([rows[:, 1:, None], torch.from_numpy(random.randint(V, size=(*rows[:, 1:].shape, 8)))], dim=-1)
     rows, before, measured = rows[:, :-1], [], []
     probabilities = {name: torch.zeros(rows[:, 1:].shape, dtype=torch.float64) for name, rows in splits.items()}
     for i, (_, log_probs) in enumerate(members()):  # of all members, before any is scored
-        judged = Judged(Predictor(log_probs, V, device), batch, task["probe_seed"] + i)
-        before.append((judged, judged.fingerprint(rows, some)))
-        judged.predict.log_probs = log_probs = None  # one member is in memory at a time
-    for (weight, log_probs), (judged, prints) in zip(members(), before, strict=True):
-        judged.predict.log_probs = log_probs
-        nats = judged.score(splits, rows, some, prints)
+        measurement = Measurement(Predictor(log_probs, V, device), batch, task["probe_seed"] + i)
+        before.append((measurement, measurement.fingerprint(rows, outcomes)))
+        measurement.predict.log_probs = log_probs = None  # one member is in memory at a time
+    for (weight, log_probs), (measurement, prints) in zip(members(), before, strict=True):
+        measurement.predict.log_probs = log_probs
+        nats = measurement.score(splits, rows, outcomes, prints)
         for name, of_targets in nats.items():
             probabilities[name].add_((-of_targets).exp(), alpha=float(weight))
-        measured.append(predictions(judged, inner if logits else []) | {"loss": float(nats["val"].mean())})
+        measured.append(all_found(measurement, inner if logits else []) | {"loss": float(nats["val"].mean())})
         weights += [] if logits else [float(weight)]
-        judged.predict.log_probs = log_probs = None
+        measurement.predict.log_probs = log_probs = None
     return {"device": device.type, "weights": weights, "measured": measured}, probabilities
 
 
-def predictions(judged: Judged, inner: list[Predictor]) -> dict:
+def all_found(measurement: Measurement, inner: list[Predictor]) -> dict:
     """The measurements of a callable, those of the callables inside it included."""
-    all_of_them = [judged.predict, *inner]
+    all_of_them = [measurement.predict, *inner]
     sums = {"sum_error": max(p.sum_error for p in all_of_them), "not_finite": sum(p.not_finite for p in all_of_them)}
-    return judged.found | sums
+    return measurement.found | sums
 
 
 def main(argv: list[str] | None = None) -> int:
