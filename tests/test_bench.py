@@ -451,7 +451,9 @@ def test_against_the_original_project(checkout, tmp_path, capsys):
     assert found["ratio"] == pytest.approx(1.3, abs=0.02) and "the original project" in capsys.readouterr().out
     assert bench.main(["--against", str(other), "--stage=two_hour/windows_256_768"]) == 1
     assert "two_hour/train.py is not there" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="only limited/plain, limited/replay, tiny/one_pass can be run"):
+    with pytest.raises(
+        ValueError, match="only limited/plain, limited/replay, tiny/one_pass of the original project can be run"
+    ):
         original.original_flags("tiny/two_passes", tmp_path, set())
     with pytest.raises(ValueError, match="has no --dupe-start-epoch"):
         original.original_flags("limited/replay", tmp_path, {"--input_bin"})

@@ -61,7 +61,7 @@ def resave(path: Path, **changes) -> None:
     meta_path.write_text(json.dumps(meta))
 
 
-def test_bad_data_is_refused_with_what_to_do(data_dir, tmp_path):
+def test_bad_data_is_refused_with_what_to_do(data_dir, tmp_path, monkeypatch):
     folder = tmp_path / "data"
     train_path, val_path = folder / "fineweb_train.pt", folder / "fineweb_val.pt"
 
@@ -70,6 +70,7 @@ def test_bad_data_is_refused_with_what_to_do(data_dir, tmp_path):
         shutil.copytree(data_dir, folder)
 
     assert "fineweb_train.pt not found: run python prepare_data.py" in refusal(folder)
+    monkeypatch.chdir(tmp_path)  # where no demo was prepared
     assert "run python prepare_data.py --source demo, or give --data-dir" in refusal(Path("demo_data"))
 
     fresh()
