@@ -10,7 +10,7 @@ PYTHON ?= $(firstword $(foreach p,$(NEWEST),$(shell $(p) -c 'import sys; print("
 
 demo: $(VENV)/requirements.txt
 	$(VENV)/bin/python prepare_data.py --source demo
-	$(VENV)/bin/python train.py --demo
+	OMP_NUM_THREADS=1 $(VENV)/bin/python train.py --demo  # the model is tiny: more threads would wait for each other
 
 test: $(VENV)/tests-requirements.txt
 	$(VENV)/bin/ruff check .

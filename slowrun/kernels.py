@@ -63,20 +63,22 @@ def attention_error(
     shape: tuple[int, int, int],
     windows: Iterable[tuple[int, float | None]],
     device: torch.device,
+    attention: Callable | None = None,
 ) -> float:
     """The largest error of a backend in bfloat16, over its output and gradients, on random q, k and v.
 
-    shape: (T, H, D). windows: (window, scale) pairs, as the model uses them. The reference is sdpa in float32; errors
-    are relative to the largest value.
+    shape: (T, H, D). windows: (window, scale) pairs, as the model uses them. attention: what the model calls, where a
+    script has its own, with the arguments of attend. The reference is sdpa in float32; errors are relative to the
+    largest value.
     """
     generator = torch.Generator(device).manual_seed(0)
     *qkv, weight = torch.randn((4, 2, *shape), generator=generator, device=device).bfloat16()
     worst = 0.0
     for window, scale in windows:
         results = []
-        for name, dtype in ((backend, torch.bfloat16), ("sdpa", torch.float32)):
+        for function, name, dtype in ((attention or attend, backend, torch.bfloat16), (attend, "sdpa", torch.float32)):
             inputs = [t.to(dtype).requires_grad_() for t in qkv]
-            output = attend(*inputs, window, name, scale)
+            output = function(*inputs, window, name, scale)
             results.append([output, *torch.autograd.grad(output, inputs, weight.to(dtype))])
         for found, expected in zip(*results, strict=True):
             error = (found.float() - expected).abs().max() / expected.abs().max()

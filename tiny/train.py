@@ -1041,7 +1041,8 @@ class Training:
             return losses
         first, second = sequences.chunk(2)
 
-        # First half, at the weights themselves. The gradient of the matrices that will move is kept apart.
+        # First half, at the weights themselves. The gradient of the matrices that will move is kept apart:
+        # under their names, first_grads takes the place of grads.
         losses = self.backward(step, virtual_rank, first, values, weight)
         torch._foreach_zero_(list(self.first_grads.values()))
         self.weights.pull_back(grads | self.first_grads)
