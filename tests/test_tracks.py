@@ -100,6 +100,18 @@ def test_a_run(track, reference):
     label, before, after = STAGES[name]
     assert all(line.items() >= (after if line["step"] > 3 else before).items() for line in steps)
     assert f"from step 4 on: {label}" in (reference / "log.txt").read_text()
+    members = json.loads((reference / "final" / "members.json").read_text())
+    assert members["mixing"] == result["mixing"] and result["val_loss"] in result["readouts"].values()
+    assert sum(member["weight"] for member in members["members"]) == pytest.approx(1)
+    assert {member["file"] for member in members["members"]} | {"members.json"} == result["final_sha256"].keys()
+    files = {path.name for path in (reference / "code").iterdir()} - {"__pycache__"}
+    assert files == {"train.py", "slowrun"} | ({"model.py"} if name == "limited" else set())
+
+
+def test_the_readouts_of_the_record(track, reference):
+    """What changes with a record that reads out otherwise."""
+    name = name_of(track)
+    result = read_result(reference)
     averages = [f"{MIXING[name]}_average_equal_weights", "weight_average", f"{MIXING[name]}_average"]
     averages = averages if name != "tiny" else ["exponential_moving_average", *averages[::2]]
     assert list(result["readouts"]) == ["epoch_1", "epoch_2", *averages]
@@ -108,8 +120,6 @@ def test_a_run(track, reference):
     assert members["mixing"] == MIXING[name]
     kept = [(member["name"], pytest.approx(member["weight"])) for member in members["members"]]
     assert kept == [("epoch_01", 1 / 3), ("epoch_02", 2 / 3)]
-    files = {path.name for path in (reference / "code").iterdir()} - {"__pycache__"}
-    assert files == {"train.py", "slowrun"} | ({"model.py"} if name == "limited" else set())
 
 
 def test_the_model_learns(track, small, folder):
