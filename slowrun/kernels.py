@@ -6,6 +6,7 @@ head's loss, bfloat16 for fp8. A script may replace any of them with its own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -89,7 +90,15 @@ def attention_error(
 # --------------------------------------------------------------------------------------------------------- dropout
 
 
-@torch.library.custom_op("slowrun::dropout", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+# Another copy of this module, of a run's code/, may be imported into the same process. It needs an operator of its own:
+# defining one again frees the first, which the first copy would go on calling. The first import has the plain name, so
+# that compiled graphs are found in the compiler's cache.
+_imports = torch.__dict__.setdefault("_slowrun_imports", itertools.count(1))
+_number = next(_imports)
+_NAMESPACE = "slowrun" if _number == 1 else f"slowrun_{_number}"
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::dropout", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return torch.native_dropout(x, p, True)
 

@@ -1,5 +1,8 @@
 """The library's kernels against plain loops, autograd and emulations; which are chosen, and how they are checked."""
 
+import gc
+import importlib.util
+import sys
 import weakref
 from functools import partial
 
@@ -318,3 +321,19 @@ def test_a_kernel_that_is_missing_says_what_to_use_instead():
     error = partial(attention_error, "varlen", (16, 2, 16), [(8, None)], CPU)
     with pytest.raises(ValueError, match=r"attention varlen fails here \(.+\): use --attention sdpa"):
         check_kernels([Kernel("attention", "varlen", "sdpa", "varlen", 0.05, error)])
+
+
+def test_a_second_copy_of_the_module_leaves_the_first_alone(monkeypatch):
+    """Importing slowrun/ of a run's code/ into the same process: each copy has an operator of its own."""
+    x = torch.ones(64, 64)
+    for _ in range(3):
+        spec = importlib.util.spec_from_file_location("another_kernels", kernels.__file__)
+        copy = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, copy)
+        spec.loader.exec_module(copy)
+        assert 0.2 < (copy.dropout(x, 0.5) == 0).float().mean() < 0.8
+        assert copy._NAMESPACE != kernels._NAMESPACE
+        monkeypatch.delitem(sys.modules, spec.name)
+        del copy, spec
+        gc.collect()
+        assert 0.2 < (kernels.dropout(x, 0.5) == 0).float().mean() < 0.8
